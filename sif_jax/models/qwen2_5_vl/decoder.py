@@ -1,0 +1,182 @@
+"""The text decoder of Qwen2.5-VL, and the four ways it is run (pure).
+
+    forward        one pass over packed rows                      (SFT, scoring)
+    prefill        the same, and each layer's keys and values     (rollout)
+    group_forward  a prompt and its M completions in one pass      (GRPO: the prompt is computed once per group)
+    decode_step    one new token for every sample, with a cache    (rollout)
+
+All four share `DecoderLayer.qkv` and `DecoderLayer.finish` and differ only in what a query may see.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Int, Shaped
+
+from sif_jax.models.qwen2_5_vl.config import TextConfig
+from sif_jax.models.qwen2_5_vl.layers import Key, Linear, RMSNorm, SwiGLU, layer_keys, stack
+from sif_jax.ops.attention import attention, packed_causal_mask, prefix_attention
+from sif_jax.ops.remat import REMAT_POLICIES, Remat
+from sif_jax.ops.rotary import Rope, mrope, rotate
+
+
+class Prefix(NamedTuple):
+    """Keys and values of the prompts, held once per prompt."""
+
+    k: Shaped[Array, "layer P S K H"]
+    v: Shaped[Array, "layer P S K H"]
+    mask: Bool[Array, "P S"]
+
+
+class Cache(NamedTuple):
+    """Keys and values of each sample's own tokens."""
+
+    k: Shaped[Array, "layer P M U K H"]
+    v: Shaped[Array, "layer P M U K H"]
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: TextConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        dim, head = config.hidden_size, config.head_dim
+        kv = config.num_key_value_heads * head
+
+        def linear(name: str, d_in: int, d_out: int, bias: bool) -> Linear:
+            return Linear(d_in, d_out, bias=bias, name=name, dtype=dtype, rngs=rngs)
+
+        self.input_layernorm = RMSNorm(dim, eps=config.rms_norm_eps, dtype=dtype)
+        self.q_proj = linear("q_proj", dim, config.num_attention_heads * head, True)
+        self.k_proj = linear("k_proj", dim, kv, True)
+        self.v_proj = linear("v_proj", dim, kv, True)
+        self.o_proj = linear("o_proj", config.num_attention_heads * head, dim, False)
+        self.post_attention_layernorm = RMSNorm(dim, eps=config.rms_norm_eps, dtype=dtype)
+        self.mlp = SwiGLU(dim, config.intermediate_size, bias=False, dtype=dtype, rngs=rngs)
+        self.head_dim = head
+
+    def qkv(self, hidden: Shaped[Array, "*batch D"], rope: Rope, key: Key = None) -> tuple[Array, Array, Array]:
+        x = self.input_layernorm(hidden)
+        q, k, v = (
+            proj(x, key).reshape(*x.shape[:-1], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotate(q, rope), rotate(k, rope), v
+
+    def finish(
+        self, hidden: Shaped[Array, "*batch D"], context: Shaped[Array, "*batch N H"], key: Key = None
+    ) -> Shaped[Array, "*batch D"]:
+        hidden = hidden + self.o_proj(context.reshape(*hidden.shape[:-1], -1), key)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden), key)
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: TextConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.layers = stack(lambda rngs: DecoderLayer(config, dtype=dtype, rngs=rngs), config.num_hidden_layers, rngs)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.config = config
+
+    def rope(self, positions: Int[Array, "*batch 3"]) -> Rope:
+        return mrope(positions, sections=self.config.mrope_section, theta=self.config.rope_theta)
+
+    def forward(
+        self,
+        hidden: Shaped[Array, "B T D"],
+        positions: Int[Array, "B T 3"],
+        segments: Int[Array, "B T"],
+        *,
+        remat: Remat = "none",
+        key: Key = None,
+    ) -> Shaped[Array, "B T D"]:
+        rope, mask = self.rope(positions), packed_causal_mask(segments)
+        graphdef, layers = nnx.split(self.layers)
+
+        def body(hidden, layer):
+            state, key = layer
+            block = nnx.merge(graphdef, state)
+            q, k, v = block.qkv(hidden, rope, key)
+            return block.finish(hidden, attention(q, k, v, mask), key), None
+
+        keys = layer_keys(key, self.config.num_hidden_layers)
+        hidden, _ = jax.lax.scan(REMAT_POLICIES[remat](body), hidden, (layers, keys))
+        return self.norm(hidden)
+
+    def prefill(
+        self, hidden: Shaped[Array, "P S D"], positions: Int[Array, "P S 3"], segments: Int[Array, "P S"]
+    ) -> tuple[Shaped[Array, "P S D"], Prefix]:
+        rope, mask = self.rope(positions), packed_causal_mask(segments)
+        graphdef, layers = nnx.split(self.layers)
+
+        def body(hidden, state):
+            block = nnx.merge(graphdef, state)
+            q, k, v = block.qkv(hidden, rope)
+            return block.finish(hidden, attention(q, k, v, mask)), (k, v)
+
+        hidden, (k, v) = jax.lax.scan(body, hidden, layers)
+        return self.norm(hidden), Prefix(k, v, segments > 0)
+
+    def group_forward(
+        self,
+        prompt: Shaped[Array, "P S D"],
+        prompt_positions: Int[Array, "P S 3"],
+        prompt_segments: Int[Array, "P S"],
+        completion: Shaped[Array, "P M T D"],
+        completion_positions: Int[Array, "P M T 3"],
+        *,
+        remat: Remat = "none",
+        key: Key = None,
+    ) -> tuple[Shaped[Array, "P S D"], Shaped[Array, "P M T D"]]:
+        """Final hidden states of the prompts and of the completions that continue them."""
+        prompt_rope, rope = self.rope(prompt_positions), self.rope(completion_positions)
+        prompt_mask, visible = packed_causal_mask(prompt_segments), prompt_segments > 0
+        length = completion.shape[2]
+        causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
+        graphdef, layers = nnx.split(self.layers)
+
+        def body(hidden, layer):
+            (prompt, completion), (state, key) = hidden, layer
+            block = nnx.merge(graphdef, state)
+            q, prefix_k, prefix_v = block.qkv(prompt, prompt_rope, key)
+            prompt = block.finish(prompt, attention(q, prefix_k, prefix_v, prompt_mask), key)
+            q, k, v = block.qkv(completion, rope, key)
+            context = prefix_attention(q, prefix_k, prefix_v, visible, k, v, causal)
+            return (prompt, block.finish(completion, context, key)), None
+
+        keys = layer_keys(key, self.config.num_hidden_layers)
+        (prompt, completion), _ = jax.lax.scan(REMAT_POLICIES[remat](body), (prompt, completion), (layers, keys))
+        return self.norm(prompt), self.norm(completion)
+
+    def decode_step(
+        self,
+        hidden: Shaped[Array, "P M D"],
+        positions: Int[Array, "P M 3"],
+        prefix: Prefix,
+        cache: Cache,
+        index: Int[Array, ""],
+    ) -> tuple[Shaped[Array, "P M D"], Cache]:
+        """Write token number `index` of every sample into the cache and return its final hidden state."""
+        rope = self.rope(positions[:, :, None])
+        mask = (jnp.arange(cache.k.shape[3]) <= index)[None, None, None]
+        graphdef, layers = nnx.split(self.layers)
+
+        def body(carry, layer):
+            hidden, cache_k, cache_v = carry
+            state, prefix_k, prefix_v, number = layer
+            block = nnx.merge(graphdef, state)
+            q, k, v = block.qkv(hidden, rope)
+            start = (number, 0, 0, index, 0, 0)
+            cache_k = jax.lax.dynamic_update_slice(cache_k, k[None].astype(cache_k.dtype), start)
+            cache_v = jax.lax.dynamic_update_slice(cache_v, v[None].astype(cache_v.dtype), start)
+            own_k, own_v = (jax.lax.dynamic_index_in_dim(c, number, keepdims=False) for c in (cache_k, cache_v))
+            context = prefix_attention(q, prefix_k, prefix_v, prefix.mask, own_k, own_v, mask)
+            return (block.finish(hidden, context), cache_k, cache_v), None
+
+        numbers = jnp.arange(self.config.num_hidden_layers)
+        carry = (hidden[:, :, None], cache.k, cache.v)
+        (hidden, k, v), _ = jax.lax.scan(body, carry, (layers, prefix.k, prefix.v, numbers))
+        return self.norm(hidden)[:, :, 0], Cache(k, v)
+
+    def empty_cache(self, prompts: int, samples: int, length: int, dtype: jnp.dtype) -> Cache:
+        config = self.config
+        shape = (config.num_hidden_layers, prompts, samples, length, config.num_key_value_heads, config.head_dim)
+        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

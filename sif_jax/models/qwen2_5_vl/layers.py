@@ -1,0 +1,85 @@
+"""The layers that the vision tower and the decoder share: linear with an optional LoRA, RMSNorm, SwiGLU (pure)."""
+
+from __future__ import annotations
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Shaped
+
+Key = Array | None
+
+
+class LoRAParam(nnx.Param):
+    """A low-rank factor, always float32."""
+
+
+class Linear(nnx.Module):
+    """y = x W + b, and + (alpha / R) dropout(x) A B once `add_lora` has given it factors (arXiv:2106.09685)."""
+
+    def __init__(self, d_in: int, d_out: int, *, bias: bool, name: str, dtype: jnp.dtype, rngs: nnx.Rngs):
+        initial = nnx.initializers.normal(0.02)(rngs.params(), (d_in, d_out), dtype)
+        self.kernel = nnx.Param(initial)
+        self.bias = nnx.Param(jnp.zeros(d_out, dtype)) if bias else None
+        self.lora_a: LoRAParam | None = nnx.data(None)
+        self.lora_b: LoRAParam | None = nnx.data(None)
+        self.lora_scale = 0.0
+        self.lora_dropout = 0.0
+        self.salt = zlib.crc32(name.encode())
+
+    def __call__(self, x: Shaped[Array, "*batch d_in"], key: Key = None) -> Shaped[Array, "*batch d_out"]:
+        y = jnp.matmul(x, self.kernel[...].astype(x.dtype))
+        if self.bias is not None:
+            y = y + _aligned(self.bias[...], y)
+        if self.lora_a is None or self.lora_b is None:
+            return y
+        if key is not None and self.lora_dropout > 0:
+            x = _dropout(x, jax.random.fold_in(key, self.salt), self.lora_dropout)
+        low = jnp.matmul(x, self.lora_a[...].astype(x.dtype))
+        return y + self.lora_scale * jnp.matmul(low, self.lora_b[...].astype(x.dtype))
+
+
+def _aligned(vector: Shaped[Array, "D"], x: Shaped[Array, "*batch D"]) -> Shaped[Array, "*ones D"]:
+    return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+def _dropout(x: Array, key: Array, rate: float) -> Array:
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, dim: int, *, eps: float, dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.ones(dim, dtype))
+        self.eps = eps
+
+    def __call__(self, x: Shaped[Array, "*batch D"]) -> Shaped[Array, "*batch D"]:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return _aligned(self.scale[...], x) * normed.astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    def __init__(self, dim: int, hidden: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.gate_proj = Linear(dim, hidden, bias=bias, name="gate_proj", dtype=dtype, rngs=rngs)
+        self.up_proj = Linear(dim, hidden, bias=bias, name="up_proj", dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(hidden, dim, bias=bias, name="down_proj", dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*batch D"], key: Key = None) -> Float[Array, "*batch D"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x, key)) * self.up_proj(x, key), key)
+
+
+def stack(make, count: int, rngs: nnx.Rngs):
+    """`count` copies of a module, each with its own random weights, as one module with a leading layer axis."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
+    def build(rngs: nnx.Rngs):
+        return make(rngs)
+
+    return build(rngs)
+
+
+def layer_keys(key: Key, count: int) -> Array | None:
+    return None if key is None else jax.random.split(key, count)
