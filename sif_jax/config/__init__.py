@@ -1,0 +1,48 @@
+"""Configs: what every command can be told, and how it is read (host)."""
+
+from sif_jax.config.files import FieldRow, config_text, describe, dump_config, flat_config, load_config
+from sif_jax.config.kinds import (
+    BucketsConfig,
+    DataConfig,
+    DemoConfig,
+    DemoScenesConfig,
+    EvalConfig,
+    GenerateConfig,
+    GrpoConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PromptConfig,
+    RunConfig,
+    RunName,
+    SamplingConfig,
+    SftConfig,
+    TinyModelConfig,
+    TinyVisionConfig,
+)
+
+__all__ = [
+    "BucketsConfig",
+    "DataConfig",
+    "DemoConfig",
+    "DemoScenesConfig",
+    "EvalConfig",
+    "FieldRow",
+    "GenerateConfig",
+    "GrpoConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PromptConfig",
+    "RunConfig",
+    "RunName",
+    "SamplingConfig",
+    "SftConfig",
+    "TinyModelConfig",
+    "TinyVisionConfig",
+    "config_text",
+    "describe",
+    "dump_config",
+    "flat_config",
+    "load_config",
+]

@@ -1,0 +1,348 @@
+"""What every command can be told: frozen, validated sections with their units and defaults (host)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from sif_jax.errors import InputError
+
+PATCH_PIXELS = 14 * 14  # Qwen2.5-VL's vision patch
+Fraction = Annotated[float, Field(ge=0, le=1)]
+OpenFraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _check_divides(part: str, divisor: int, whole: str, value: int) -> None:
+    if value % divisor:
+        raise InputError(f"{part} does not divide {whole}", value=value, expected=f"a multiple of {divisor}")
+
+
+def _check_images_fit(model: ModelConfig, prompt: PromptConfig, buckets: BucketsConfig) -> None:
+    images = 2 if prompt.depth_input else 1
+    needed = images * 4 * ((model.max_pixels or 0) // (4 * PATCH_PIXELS))
+    if needed > buckets.patches[-1]:
+        raise InputError(
+            f"data.buckets.patches is too small for {images} image(s) of model.max_pixels={model.max_pixels}",
+            value=buckets.patches[-1],
+            expected=f"at least {needed}",
+            fix=f"raise the last bucket to {needed}, or lower model.max_pixels",
+        )
+
+
+class ModelConfig(Config):
+    path: str = Field(description="Hugging Face checkpoint directory, or a run directory of ours")
+    dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="storage of the frozen base weights")
+    min_pixels: PositiveInt | None = Field(
+        default=None, description="smallest image, pixels; null: from the checkpoint"
+    )
+    max_pixels: PositiveInt | None = Field(default=None, description="largest image, pixels; null: from the checkpoint")
+    remat: Literal["none", "full", "dots"] = Field(
+        default="full", description="activations recomputed in the backward pass"
+    )
+
+    @model_validator(mode="after")
+    def _pixels_are_ordered(self) -> ModelConfig:
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise InputError(
+                "min_pixels is above max_pixels",
+                value=self.min_pixels,
+                expected=f"at most {self.max_pixels}",
+                fix="lower min_pixels or raise max_pixels",
+            )
+        return self
+
+
+class LoraConfig(Config):
+    rank: PositiveInt = Field(default=8, description="rank of the adapters")
+    alpha: PositiveFloat = Field(default=16.0, description="scale: the adapter's output is multiplied by alpha / rank")
+    dropout: OpenFraction = Field(default=0.0, description="dropout probability at the adapter's input")
+    targets: str = Field(
+        default="all-linear", description="all-linear, language, or a regex on the linear layer's full name"
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _targets_is_a_regex(cls, targets: str) -> str:
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise InputError(f"{error}", value=targets, expected="all-linear, language or a regex") from None
+        return targets
+
+
+class PromptConfig(Config):
+    depth_input: bool = Field(default=True, description="show the depth image beside the original image")
+    with_depth_words: bool = Field(
+        default=True, description="say 'with depth' in the prompt, as the released SFT data does"
+    )
+
+
+class BucketsConfig(Config):
+    """Every batch is padded to one of these sizes, so that few programs are compiled."""
+
+    tokens: tuple[PositiveInt, ...] = Field(default=(1024, 2048), description="row lengths, tokens, ascending")
+    patches: tuple[PositiveInt, ...] = Field(
+        default=(1344, 2688), description="vision patches per row, ascending, 4 divides"
+    )
+
+    @field_validator("tokens", "patches")
+    @classmethod
+    def _ascending(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if not sizes or list(sizes) != sorted(set(sizes)):
+            raise InputError("bucket sizes out of order", value=list(sizes), expected="one or more, ascending")
+        return sizes
+
+    @field_validator("patches")
+    @classmethod
+    def _whole_merge_units(cls, patches: tuple[int, ...]) -> tuple[int, ...]:
+        odd = [size for size in patches if size % 4]
+        if odd:
+            raise InputError("2 x 2 patches merge into one token", value=odd[0], expected="a multiple of 4")
+        return patches
+
+
+class DataConfig(Config):
+    path: str = Field(description="records file (JSON, the released SIF-50K layout)")
+    image_root: str | None = Field(
+        default=None, description="folder of the images; null: the records file's own folder"
+    )
+    on_error: Literal["raise", "skip"] = Field(
+        default="raise", description="a bad row stops the run, or is skipped and counted"
+    )
+    limit: PositiveInt | None = Field(default=None, description="read only the first rows, records; null: all")
+    buckets: BucketsConfig = BucketsConfig()
+
+
+class OptimizerConfig(Config):
+    learning_rate: PositiveFloat = Field(description="peak learning rate")
+    schedule: Literal["cosine", "constant", "linear"] = Field(default="cosine", description="decay after the warm-up")
+    warmup_ratio: OpenFraction = Field(default=0.0, description="share of all steps spent warming up linearly from 0")
+    min_lr_ratio: Fraction = Field(default=0.0, description="final learning rate, share of the peak")
+    weight_decay: NonNegativeFloat = Field(
+        default=0.0, description="decoupled (AdamW); biases and norm scales are exempt"
+    )
+    b1: OpenFraction = Field(default=0.9, description="decay of the first moment")
+    b2: OpenFraction = Field(default=0.999, description="decay of the second moment")
+    eps: PositiveFloat = Field(default=1e-8, description="added to the root of the second moment")
+    max_grad_norm: PositiveFloat | None = Field(
+        default=1.0, description="clip gradients to this global norm; null: no clipping"
+    )
+
+
+class RunName(Config):
+    name: str = Field(description="the run's directory is root/name")
+    root: str = Field(default="runs", description="directory that holds the runs")
+    seed: NonNegativeInt = Field(default=0, description="every random key of the run derives from it")
+
+    @field_validator("name")
+    @classmethod
+    def _is_one_directory(cls, name: str) -> str:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise InputError("not a directory name", value=name, expected="letters, digits, '_', '.', '-'")
+        return name
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.root) / self.name
+
+
+class RunConfig(RunName):
+    resume: Literal["auto", "never", "must"] = Field(
+        default="auto", description="auto: continue a run that exists; never: refuse one; must: refuse to start afresh"
+    )
+    log_every: PositiveInt = Field(default=1, description="steps between lines of metrics.jsonl")
+    save_every: PositiveInt = Field(default=100, description="steps between checkpoints")
+    keep: PositiveInt = Field(default=3, description="newest checkpoints kept")
+    tensorboard: bool = Field(default=True, description="write TensorBoard event files to the run's directory")
+    wandb: bool = Field(default=False, description="also log to Weights & Biases (pip install wandb)")
+
+
+class _TrainConfig(Config):
+    run: RunConfig
+    model: ModelConfig
+    lora: LoraConfig | None = Field(default=None, description="null: full fine-tune")
+    freeze_vision: bool = Field(default=True, description="leave the vision tower untouched: no adapters, no updates")
+    prompt: PromptConfig = PromptConfig()
+    data: DataConfig
+    optimizer: OptimizerConfig
+
+    @model_validator(mode="after")
+    def _vision_is_frozen_or_adapted(self) -> _TrainConfig:
+        if self.lora and self.lora.targets == "language" and not self.freeze_vision:
+            raise InputError(
+                "lora.targets=language adapts nothing in the vision tower",
+                value="freeze_vision=false",
+                expected="freeze_vision=true",
+                fix="set freeze_vision=true, or lora.targets=all-linear",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _images_fit(self) -> _TrainConfig:
+        _check_images_fit(self.model, self.prompt, self.data.buckets)
+        return self
+
+
+class SftConfig(_TrainConfig):
+    target: Literal["cot", "answer"] = Field(
+        default="cot", description="train on the chain of thought, or the bare answer"
+    )
+    epochs: PositiveInt = Field(default=3, description="passes over the data")
+    max_steps: PositiveInt | None = Field(
+        default=None, description="stop after so many optimizer steps; null: after epochs"
+    )
+    batch_size: PositiveInt = Field(default=16, description="rows per micro-step, over the whole job")
+    accumulation: PositiveInt = Field(default=1, description="micro-steps per optimizer step")
+    packing: bool = Field(default=False, description="put several examples in one row")
+
+
+class GrpoConfig(_TrainConfig):
+    prompts_per_step: PositiveInt = Field(default=2, description="prompts per rollout, over the whole job")
+    micro_batch: PositiveInt = Field(default=1, description="prompts per forward pass; divides prompts_per_step")
+    num_samples: int = Field(default=8, ge=2, description="completions per prompt (the group's size N)")
+    max_new_tokens: PositiveInt = Field(default=2048, description="longest completion, tokens")
+    temperature: PositiveFloat = Field(default=1.0, description="sampling temperature")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="sample from the smallest set with this probability; 1: off"
+    )
+    top_k: NonNegativeInt = Field(default=0, description="sample from the k likeliest tokens; 0: off")
+    epochs: PositiveInt = Field(default=20, description="visits to every prompt")
+    max_steps: PositiveInt | None = Field(default=None, description="stop after so many rollouts; null: after epochs")
+    updates_per_rollout: PositiveInt = Field(default=1, description="optimizer steps on one rollout")
+    clip_eps: PositiveFloat = Field(default=0.2, description="the probability ratio is clipped to 1 +- clip_eps")
+    kl_beta: NonNegativeFloat = Field(default=0.04, description="weight of the KL to the reference policy")
+    compat: Literal["paper", "release"] = Field(
+        default="paper", description="rewards as the paper's formulas or its code"
+    )
+    pair_denominator: Literal["min", "max"] = Field(
+        default="min", description="PIoU: mean over min or max of the box counts"
+    )
+    judge: Literal["rule"] = Field(default="rule", description="who scores the answer")
+    advantage_eps: PositiveFloat = Field(default=1e-4, description="added to the group's standard deviation")
+
+    @model_validator(mode="after")
+    def _micro_batches_are_whole(self) -> GrpoConfig:
+        if self.prompts_per_step % self.micro_batch:
+            raise InputError(
+                "micro_batch does not divide prompts_per_step",
+                value=self.micro_batch,
+                expected=f"a divisor of {self.prompts_per_step}",
+                fix="change micro_batch or prompts_per_step",
+            )
+        return self
+
+
+class EvalConfig(Config):
+    run: RunName
+    model: ModelConfig
+    prompt: PromptConfig = PromptConfig()
+    data: DataConfig
+    max_new_tokens: PositiveInt = Field(default=2048, description="longest completion, tokens")
+    batch_size: PositiveInt = Field(default=8, description="prompts per forward pass, over the whole job")
+    temperature: NonNegativeFloat = Field(default=0.0, description="sampling temperature; 0: greedy")
+    scoring: Literal["strict"] = Field(default="strict", description="an answer that cannot be parsed is wrong")
+
+    @model_validator(mode="after")
+    def _images_fit(self) -> EvalConfig:
+        _check_images_fit(self.model, self.prompt, self.data.buckets)
+        return self
+
+
+class SamplingConfig(Config):
+    max_new_tokens: PositiveInt = Field(default=2048, description="longest completion, tokens")
+    num_samples: PositiveInt = Field(default=1, description="completions")
+    temperature: NonNegativeFloat = Field(default=0.0, description="sampling temperature; 0: greedy")
+    seed: NonNegativeInt = Field(default=0, description="seed of the sampler")
+
+
+class GenerateConfig(Config):
+    model: ModelConfig
+    prompt: PromptConfig = PromptConfig()
+    image: str = Field(description="image file")
+    depth: str | None = Field(
+        default=None, description="depth image file (near = 0); needed when prompt.depth_input is true"
+    )
+    question: str = Field(description="the question, without the format instructions")
+    sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _depth_is_given(self) -> GenerateConfig:
+        if self.prompt.depth_input and self.depth is None:
+            raise InputError(
+                "the prompt shows a depth image, and none is given",
+                value="prompt.depth_input=true",
+                expected="depth=FILE",
+                fix="give depth=FILE, or prompt.depth_input=false",
+            )
+        return self
+
+
+class TinyVisionConfig(Config):
+    depth: PositiveInt = Field(default=2, description="vision blocks")
+    hidden_size: PositiveInt = Field(default=32, description="width of the vision tower")
+    intermediate_size: PositiveInt = Field(default=64, description="width of its feed-forward layers")
+    num_heads: PositiveInt = Field(default=2, description="attention heads of the vision tower")
+    window_size: PositiveInt = Field(default=112, description="side of an attention window, pixels; 28 divides")
+    fullatt_block_indexes: tuple[NonNegativeInt, ...] = Field(
+        default=(1,), description="blocks that attend to whole images"
+    )
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> TinyVisionConfig:
+        _check_divides("vision.num_heads x 4", 4 * self.num_heads, "vision.hidden_size", self.hidden_size)
+        _check_divides("a merged patch's side", 28, "vision.window_size", self.window_size)
+        beyond = [index for index in self.fullatt_block_indexes if index >= self.depth]
+        if beyond:
+            raise InputError("no such vision block", value=beyond[0], expected=f"an index below {self.depth}")
+        return self
+
+
+class TinyModelConfig(Config):
+    vocab_size: PositiveInt = Field(default=1024, description="tokens of the tokenizer trained on the demo's own text")
+    hidden_size: PositiveInt = Field(default=64, description="width of the decoder")
+    intermediate_size: PositiveInt = Field(default=128, description="width of its feed-forward layers")
+    num_hidden_layers: PositiveInt = Field(default=2, description="decoder layers")
+    num_attention_heads: PositiveInt = Field(default=4, description="query heads")
+    num_key_value_heads: PositiveInt = Field(default=2, description="key and value heads")
+    max_pixels: PositiveInt = Field(default=12544, description="largest image, pixels")
+    vision: TinyVisionConfig = TinyVisionConfig()
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> TinyModelConfig:
+        _check_divides("2 x num_attention_heads", 2 * self.num_attention_heads, "hidden_size", self.hidden_size)
+        _check_divides("num_key_value_heads", self.num_key_value_heads, "num_attention_heads", self.num_attention_heads)
+        return self
+
+
+class DemoScenesConfig(Config):
+    sft: PositiveInt = Field(default=256, description="scenes to fine-tune on")
+    grpo: PositiveInt = Field(default=16, description="scenes to reinforce on")
+    test: PositiveInt = Field(default=32, description="scenes held out")
+    workers: PositiveInt = Field(default=1, description="processes that render")
+
+
+class DemoConfig(Config):
+    seed: NonNegativeInt = Field(default=0, description="seed of the scenes and of the random weights")
+    root: str = Field(default="runs/demo", description="directory of everything the demo writes")
+    scenes: DemoScenesConfig = DemoScenesConfig()
+    tiny_model: TinyModelConfig = TinyModelConfig()
+    sft: str = Field(default="configs/demo/sft.yaml", description="config of the fine-tuning")
+    grpo: str = Field(default="configs/demo/grpo.yaml", description="config of the reinforcement learning")
+    eval: str = Field(default="configs/demo/eval.yaml", description="config of the evaluations")
