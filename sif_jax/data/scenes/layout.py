@@ -1,0 +1,153 @@
+"""Random scenes in which every solid is whole, apart from the others and well visible (host)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Float64
+
+from sif_jax.data.scenes.camera import Camera
+from sif_jax.data.scenes.config import ScenesConfig
+from sif_jax.data.scenes.render import Geometry, Scene, Surroundings, trace_pixels
+from sif_jax.data.scenes.solids import COLOURS, KINDS, Kind, Size, Solid
+
+RADIUS_M: dict[Size, tuple[float, float]] = {"small": (0.30, 0.36), "large": (0.56, 0.66)}
+# Height over radius; with it a large solid is larger than a small one of any kind in volume, width and height.
+HEIGHT: dict[str, tuple[float, float]] = {
+    "sphere": (2.0, 2.0),
+    "box": (1.7, 1.9),
+    "cylinder": (2.0, 2.4),
+    "cone": (2.4, 2.8),
+}
+WIDTH: dict[str, float] = {"sphere": 1.0, "box": 0.85, "cylinder": 0.85, "cone": 1.0}
+NEAREST_M, FARTHEST_M = 2.8, 6.8
+GAP_M = 0.12
+MARGIN_PX = 4
+FLOORS = (
+    ((0.66, 0.67, 0.70), (0.50, 0.51, 0.55)),
+    ((0.72, 0.67, 0.60), (0.56, 0.51, 0.45)),
+    ((0.60, 0.66, 0.64), (0.46, 0.52, 0.50)),
+)
+WALLS = ((0.78, 0.80, 0.84), (0.84, 0.80, 0.74), (0.74, 0.80, 0.80))
+
+T = TypeVar("T")
+Boxes = Float64[np.ndarray, "solids 4"]
+
+
+def sample_scene(rng: np.random.Generator, config: ScenesConfig) -> tuple[Scene, Geometry]:
+    """Draws the number of solids and the picture's size once, then until every solid is whole and well visible."""
+    size_px = config.sizes_px[rng.integers(len(config.sizes_px))]
+    low, high = config.num_solids
+    num_solids = int(rng.integers(low, high + 1))
+    while True:
+        scene = _draw_scene(rng, size_px, num_solids)
+        if scene is None:
+            continue
+        geometry = trace_pixels(scene)
+        visible_px = np.bincount(geometry.instances.ravel(), minlength=num_solids + 1)[1:]
+        fraction = visible_px / np.maximum(geometry.outline_px, 1)
+        if (visible_px >= config.min_visible_px).all() and (fraction >= config.min_visible_fraction).all():
+            return scene, geometry
+
+
+def visible_boxes(geometry: Geometry, num_solids: int) -> Boxes:
+    """Bounds of the visible pixels of each solid, xyxy in [0, 1]; x2 and y2 are the far sides of the last pixels."""
+    h, w = geometry.instances.shape
+    boxes = []
+    for index in range(num_solids):
+        rows, columns = np.nonzero(geometry.instances == index + 1)
+        boxes.append((columns.min() / w, rows.min() / h, (columns.max() + 1) / w, (rows.max() + 1) / h))
+    return np.array(boxes, np.float64).reshape(num_solids, 4)
+
+
+def _draw_scene(rng: np.random.Generator, size_px: tuple[int, int], num_solids: int) -> Scene | None:
+    camera = _draw_camera(rng, *size_px)
+    solids: list[Solid] = []
+    for kind, colour in _draw_names(rng, num_solids):
+        solid = _place(rng, camera, kind, colour, solids)
+        if solid is None:
+            return None
+        solids.append(solid)
+    return Scene(camera, _draw_surroundings(rng), tuple(solids))
+
+
+def _draw_camera(rng: np.random.Generator, width_px: int, height_px: int) -> Camera:
+    focal_px = rng.uniform(1.1, 1.3) * (width_px + height_px) / 2
+    half_view = np.arctan(height_px / 2 / focal_px)
+    return Camera(
+        width_px=width_px,
+        height_px=height_px,
+        height_m=rng.uniform(1.9, 2.7),
+        pitch=float(0.8 * half_view + np.radians(rng.uniform(0, 7))),
+        focal_px=focal_px,
+    )
+
+
+def _draw_surroundings(rng: np.random.Generator) -> Surroundings:
+    azimuth, elevation = np.radians(rng.uniform(-65, 65)), np.radians(rng.uniform(40, 62))
+    floor = FLOORS[rng.integers(len(FLOORS))]
+    return Surroundings(
+        floor=floor,
+        tile_m=float(rng.choice([0.0, 0.6, 0.9])),
+        wall=WALLS[rng.integers(len(WALLS))],
+        wall_m=rng.uniform(9.0, 12.0),
+        light=(
+            float(np.cos(elevation) * np.sin(azimuth)),
+            float(np.sin(elevation)),
+            float(-np.cos(elevation) * np.cos(azimuth)),
+        ),
+    )
+
+
+def _draw_names(rng: np.random.Generator, num_solids: int) -> list[tuple[Kind, str]]:
+    """(kind, colour) pairs, each at most once, from so few kinds and colours that several solids share one."""
+    kinds = _some(rng, KINDS, 2 + num_solids // 3)
+    colours = _some(rng, tuple(COLOURS), max(2, num_solids - 1))
+    return _some(rng, [(kind, colour) for kind in kinds for colour in colours], num_solids)
+
+
+def _some(rng: np.random.Generator, items: Sequence[T], count: int) -> list[T]:
+    return [items[index] for index in rng.permutation(len(items))[:count]]
+
+
+def _place(rng: np.random.Generator, camera: Camera, kind: Kind, colour: str, others: list[Solid]) -> Solid | None:
+    """A solid whole in the picture and apart from the others, or None when forty tries find no place."""
+    for _ in range(40):
+        solid = _draw_solid(rng, camera, kind, colour)
+        if _is_whole(camera, solid) and all(_are_apart(solid, other) for other in others):
+            return solid
+    return None
+
+
+def _draw_solid(rng: np.random.Generator, camera: Camera, kind: Kind, colour: str) -> Solid:
+    size: Size = "small" if rng.random() < 0.5 else "large"
+    radius = rng.uniform(*RADIUS_M[size]) * WIDTH[kind]
+    depth = rng.uniform(NEAREST_M, FARTHEST_M)
+    return Solid(
+        kind=kind,
+        colour=colour,
+        size=size,
+        x=rng.uniform(-0.5, 0.5) * camera.width_px / camera.focal_px * depth,
+        z=depth,
+        radius=radius,
+        height=radius * rng.uniform(*HEIGHT[kind]),
+        yaw=rng.uniform(0, np.pi / 2),
+    )
+
+
+def _is_whole(camera: Camera, solid: Solid) -> bool:
+    u, v, depth_m = camera.project(solid.bounding_corners())
+    return bool(
+        depth_m.min() > 1
+        and u.min() >= MARGIN_PX
+        and u.max() <= camera.width_px - MARGIN_PX
+        and v.min() >= MARGIN_PX
+        and v.max() <= camera.height_px - MARGIN_PX
+    )
+
+
+def _are_apart(first: Solid, second: Solid) -> bool:
+    distance = np.hypot(first.x - second.x, first.z - second.z)
+    return bool(distance >= first.footprint_radius + second.footprint_radius + GAP_M)
