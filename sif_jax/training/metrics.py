@@ -1,0 +1,129 @@
+"""What a run says while it trains: metrics.jsonl, TensorBoard, Weights & Biases, progress with an ETA (io)."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from sif_jax.errors import InputError
+
+
+class MetricsLog:
+    """One JSON line per step: {"step": 7, "time": unix seconds, "loss": 0.5, …}.
+
+    A value that is not finite is null, and "nonfinite" names it. `start_step` is the first step that will be logged:
+    on resume the lines from there on, of steps that are about to be repeated, are dropped.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, *, start_step: int = 0, tensorboard: bool = True, wandb: bool = False
+    ) -> None:
+        run_dir = Path(run_dir)
+        path = run_dir / "metrics.jsonl"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _drop_from(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step) if tensorboard else None
+        self._wandb = _start_wandb(run_dir) if wandb else None
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        values = {name: float(value) for name, value in metrics.items()}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        line = {"step": step, "time": round(time.time(), 3)} | {name: finite.get(name) for name in values}
+        if len(finite) < len(values):
+            line["nonfinite"] = {name: str(value) for name, value in values.items() if name not in finite}
+        self._write(json.dumps(line, allow_nan=False) + "\n")
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def _write(self, line: str) -> None:
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise InputError(
+                f"cannot write ({error.strerror})", file=self._file.name, fix="free space, then resume the run"
+            ) from None
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
+    path = Path(run_dir) / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _drop_from(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [line for line in read_metrics(path.parent) if line["step"] < step]
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _start_wandb(run_dir: Path) -> Any:
+    try:
+        wandb = importlib.import_module("wandb")
+    except ModuleNotFoundError:
+        raise InputError("wandb is not installed", value="run.wandb=true", fix="pip install wandb") from None
+    return wandb.init(project="sif_jax", name=run_dir.name, id=run_dir.name, dir=str(run_dir), resume="allow")
+
+
+class Progress:
+    """A bar on a terminal; elsewhere (a log file, CI) a line now and then."""
+
+    def __init__(
+        self,
+        description: str,
+        total: int,
+        *,
+        start: int = 0,
+        stream: TextIO | None = None,
+        line_every_s: float = 30.0,
+    ) -> None:
+        self._stream = stream or sys.stderr
+        is_terminal = self._stream.isatty()
+        self._bar = tqdm(total=total, initial=start, desc=description, file=self._stream) if is_terminal else None
+        self._description, self._total, self._start, self._done = description, total, start, start
+        self._line_every_s = line_every_s
+        self._began = self._last_line = time.monotonic()
+
+    def advance(self, steps: int = 1, **shown: float) -> None:
+        self._done += steps
+        text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        if self._bar:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(steps)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= self._line_every_s or self._done >= self._total:
+            self._last_line = now
+            remaining = (now - self._began) / (self._done - self._start) * (self._total - self._done)
+            eta = tqdm.format_interval(remaining)
+            line = f"{self._description}: {self._done}/{self._total}  ETA {eta}  {text}"
+            print(line.rstrip(), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()

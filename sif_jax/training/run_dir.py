@@ -1,0 +1,72 @@
+"""The directory of a run: created once, resumed only with the config that made it (io)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+
+from sif_jax.config import RunConfig, dump_config, flat_config, load_config
+from sif_jax.errors import InputError
+
+# What a resumed run may change without becoming another run.
+FREE_KEYS = {
+    "run.root",
+    "run.resume",
+    "run.log_every",
+    "run.save_every",
+    "run.keep",
+    "run.tensorboard",
+    "run.wandb",
+    "model.remat",
+}
+
+
+class TrainConfig(Protocol):
+    @property
+    def run(self) -> RunConfig: ...
+
+
+def open_run(config: TrainConfig) -> Path:
+    """Create the run's directory and its config.yaml, or check that it may be resumed.
+
+    Raises:
+      InputError: `run.resume` forbids it, the config differs from the run's, or the directory cannot be written.
+    """
+    assert isinstance(config, BaseModel)
+    directory, resume = config.run.directory, config.run.resume
+    file = directory / "config.yaml"
+    if resume == "must" and not file.exists():
+        raise InputError("no run to resume", file=directory, value="run.resume=must", fix="check run.name and run.root")
+    if resume == "never" and file.exists():
+        raise InputError(
+            "this run exists", file=directory, value="run.resume=never", fix="another run.name, or run.resume=auto"
+        )
+    if file.exists():
+        _check_same_config(config, file)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        dump_config(config, file)
+    except OSError as error:
+        raise InputError(f"cannot create the run ({error.strerror})", file=directory, fix="set run.root") from None
+    return directory
+
+
+def _check_same_config(config: BaseModel, file: Path) -> None:
+    old, new = flat_config(load_config(type(config), file)), flat_config(config)
+    for key in sorted((old.keys() | new.keys()) - FREE_KEYS):
+        before, now = (_shown(values[key]) if key in values else "absent" for values in (old, new))
+        if before != now:
+            raise InputError(
+                f"this run was started with another {key}",
+                file=file,
+                value=now,
+                expected=before,
+                fix=f"set {key}={before} to resume, or choose another run.name",
+            )
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
