@@ -17,9 +17,9 @@ RADIUS_M: dict[Size, tuple[float, float]] = {"small": (0.30, 0.36), "large": (0.
 # Height over radius; with it a large solid is larger than a small one of any kind in volume, width and height.
 HEIGHT: dict[str, tuple[float, float]] = {
     "sphere": (2.0, 2.0),
-    "box": (1.7, 1.9),
+    "box": (1.8, 2.0),
     "cylinder": (2.0, 2.4),
-    "cone": (2.4, 2.8),
+    "cone": (2.0, 2.2),
 }
 WIDTH: dict[str, float] = {"sphere": 1.0, "box": 0.85, "cylinder": 0.85, "cone": 1.0}
 NEAREST_M, FARTHEST_M = 2.8, 6.8
@@ -65,8 +65,8 @@ def visible_boxes(geometry: Geometry, num_solids: int) -> Boxes:
 def _draw_scene(rng: np.random.Generator, size_px: tuple[int, int], num_solids: int) -> Scene | None:
     camera = _draw_camera(rng, *size_px)
     solids: list[Solid] = []
-    for kind, colour in _draw_names(rng, num_solids):
-        solid = _place(rng, camera, kind, colour, solids)
+    for (kind, colour), size in zip(_draw_names(rng, num_solids), _draw_sizes(rng, num_solids)):
+        solid = _place(rng, camera, kind, colour, size, solids)
         if solid is None:
             return None
         solids.append(solid)
@@ -108,21 +108,28 @@ def _draw_names(rng: np.random.Generator, num_solids: int) -> list[tuple[Kind, s
     return _some(rng, [(kind, colour) for kind in kinds for colour in colours], num_solids)
 
 
+def _draw_sizes(rng: np.random.Generator, num_solids: int) -> list[Size]:
+    """At least one of each size."""
+    sizes: list[Size] = ["small", "large"]
+    return _some(rng, sizes + [sizes[rng.integers(2)] for _ in range(num_solids - 2)], num_solids)
+
+
 def _some(rng: np.random.Generator, items: Sequence[T], count: int) -> list[T]:
     return [items[index] for index in rng.permutation(len(items))[:count]]
 
 
-def _place(rng: np.random.Generator, camera: Camera, kind: Kind, colour: str, others: list[Solid]) -> Solid | None:
+def _place(
+    rng: np.random.Generator, camera: Camera, kind: Kind, colour: str, size: Size, others: list[Solid]
+) -> Solid | None:
     """A solid whole in the picture and apart from the others, or None when forty tries find no place."""
     for _ in range(40):
-        solid = _draw_solid(rng, camera, kind, colour)
+        solid = _draw_solid(rng, camera, kind, colour, size)
         if _is_whole(camera, solid) and all(_are_apart(solid, other) for other in others):
             return solid
     return None
 
 
-def _draw_solid(rng: np.random.Generator, camera: Camera, kind: Kind, colour: str) -> Solid:
-    size: Size = "small" if rng.random() < 0.5 else "large"
+def _draw_solid(rng: np.random.Generator, camera: Camera, kind: Kind, colour: str, size: Size) -> Solid:
     radius = rng.uniform(*RADIUS_M[size]) * WIDTH[kind]
     depth = rng.uniform(NEAREST_M, FARTHEST_M)
     return Solid(

@@ -16,6 +16,7 @@ from jaxtyping import Float
 Kind = Literal["sphere", "box", "cylinder", "cone"]
 Size = Literal["small", "large"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+PLURALS: dict[Kind, str] = {"sphere": "spheres", "box": "boxes", "cylinder": "cylinders", "cone": "cones"}
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.86, 0.13, 0.14),
