@@ -31,7 +31,7 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 
 UNIT_CORNERS = np.array(np.meshgrid([-1, 1], [0, 1], [-1, 1], indexing="ij"), dtype=float).reshape(3, 8)
 
-Vectors = Float[np.ndarray, "3 n"] | Float[np.ndarray, "3 1"]
+Vectors = Float[np.ndarray, "3 #n"]
 Interval = tuple[np.ndarray, np.ndarray]
 
 
@@ -72,7 +72,7 @@ class Solid:
 
     def ray_interval(self, origin: Vectors, direction: Vectors) -> Interval:
         """Where the rays `origin + t * direction` are inside the solid; empty (t_in > t_out) where they miss it."""
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             return _INTERVALS[self.kind](self, self._to_local(origin), _rotate(direction, -self.yaw))
 
     def normals(self, points: Float[np.ndarray, "3 n"]) -> Float[np.ndarray, "3 n"]:
@@ -87,11 +87,16 @@ def _rotate(vectors: Vectors, yaw: float) -> Vectors:
 
 
 def _quadratic_interval(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> Interval:
-    """The roots of a t² + 2 b t + c, between which it is negative if a > 0; (inf, -inf) where it has none."""
+    """Where a t² + 2 b t + c <= 0, for a >= 0; empty (inf, -inf) where the roots are not real.
+
+    For a < 0 it is the interval between the roots, where the polynomial is positive. The roots are q / a and c / q, which
+    keeps the digits when a is small.
+    """
     discriminant = b * b - a * c
-    root = np.sqrt(np.maximum(discriminant, 0))
+    q = -(b + np.copysign(np.sqrt(np.maximum(discriminant, 0)), b))
+    first, second = q / a, c / q
     hit = discriminant >= 0
-    return np.where(hit, (-b - root) / a, np.inf), np.where(hit, (-b + root) / a, -np.inf)
+    return np.where(hit, np.fmin(first, second), np.inf), np.where(hit, np.fmax(first, second), -np.inf)
 
 
 def _slab_interval(o: np.ndarray, d: np.ndarray, low: float, high: float) -> Interval:
@@ -140,7 +145,10 @@ def _cone_interval(solid: Solid, o: np.ndarray, d: np.ndarray) -> Interval:
     c = ox * ox + oz * oz - k2 * oy_apex * oy_apex
     t_in, t_out = _quadratic_interval(a, b, c)
     steep, down = a < 0, dy < 0
-    nappe = np.where(steep & ~down, -np.inf, t_in), np.where(steep & down, np.inf, t_out)
+    nappe = (
+        np.where(steep, np.where(down, t_out, -np.inf), t_in),
+        np.where(steep, np.where(down, np.inf, t_in), t_out),
+    )
     return _intersection(nappe, _slab_interval(oy, dy, 0.0, solid.height))
 
 
