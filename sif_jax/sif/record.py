@@ -16,8 +16,8 @@ from typing import Any, Literal, NoReturn, get_args
 
 from sif_jax.errors import InputError
 from sif_jax.sif import prompts
+from sif_jax.sif.boxes import Box
 
-Box = tuple[float, float, float, float]
 Frame = Literal["normalised", "pixel", "padded_square"]
 
 _SOLUTION = "normalized_solution_round"
