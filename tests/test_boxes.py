@@ -54,7 +54,7 @@ def test_xywh_boxes_are_refused_by_area():
         box_area(as_boxes([[0.5, 0.5, 0.2, 0.2]]))
 
 
-@pytest.mark.parametrize("wrong", [[0.0, 0.0, 1.0, 1.0], [[0.0, 1.0]], [[0.0, 0.0, 1.0, float("nan")]]])
+@pytest.mark.parametrize("wrong", [np.array([0.0, 0.0, 1.0, 1.0]), [[0.0, 1.0]], [[0.0, 0.0, 1.0, float("nan")]]])
 def test_what_is_not_a_list_of_boxes_is_refused(wrong):
     with pytest.raises(ValueError, match="expected boxes"):
         as_boxes(wrong)

@@ -6,17 +6,19 @@ side of the image after it is padded to a centred square, as LLaVA and VisCoT do
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
-import numpy.typing as npt
 from jaxtyping import Float
 
 Box = tuple[float, float, float, float]
+Boxes = Sequence[Sequence[float | int]] | np.ndarray
 Size = tuple[int, int]
 
 WHOLE_IMAGE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
-def as_boxes(boxes: npt.ArrayLike) -> Float[np.ndarray, "n 4"]:
+def as_boxes(boxes: Boxes) -> Float[np.ndarray, "n 4"]:
     """Lists of boxes as one float64 array; no box gives shape [0, 4].
 
     Raises:
