@@ -255,7 +255,7 @@ def _list(words: Sequence[str]) -> str:
 
 def _reach(view: View, index: int) -> str:
     depth = view.depths_norm[index]
-    return "near" if depth < NEAR else "far" if depth > FAR else "halfway"
+    return "near" if depth < NEAR else "far" if depth > FAR else "midway"
 
 
 _ASK: dict[str, Callable[[View, np.random.Generator], Question | None]] = {

@@ -14,7 +14,7 @@ Colour = tuple[float, float, float]
 
 AMBIENT = 0.46
 CONTACT_REACH_M = 0.16
-EDGE_CONTRAST = 0.04
+EDGE_CONTRAST = 0.06
 # Rotated grid: four points of a pixel, each in its own row and column.
 SUBPIXELS = ((-0.125, -0.375), (0.375, -0.125), (0.125, 0.375), (-0.375, 0.125))
 
@@ -127,9 +127,11 @@ def _shade(
     ambient = np.float32(AMBIENT) * (np.float32(0.85) + np.float32(0.15) * upward)
     for index, solid in enumerate(scene.solids):
         near = _within(scene.camera, _shadow_corners(solid, light), u, v)
-        shadowed = _is_shadowed(solid, points[:, near], light) & (seen.instances[near] != index + 1)
-        diffuse[near[shadowed]] = 0
-        ambient[near] *= np.where(on_floor[near], _openness(solid, points[:, near]), np.float32(1))
+        near = near[(diffuse[near] > 0) & (seen.instances[near] != index + 1)]
+        diffuse[near[_is_shadowed(solid, points[:, near], light)]] = 0
+        foot = _within(scene.camera, _foot_corners(solid), u, v)
+        foot = foot[on_floor[foot]]
+        ambient[foot] *= _openness(solid, points[:, foot])
     return albedo * (ambient + np.float32(1 - AMBIENT) * diffuse)
 
 
@@ -150,12 +152,16 @@ def _background_albedo(
 
 
 def _shadow_corners(solid: Solid, light: Float32[np.ndarray, "3 1"]) -> Float[np.ndarray, "3 16"]:
-    """Corners around the solid, its contact shade and the shadow that it casts on the floor."""
+    """Corners around the solid and the shadow that it casts on the floor."""
     corners = solid.bounding_corners()
-    centre = np.array([[solid.x], [0.0], [solid.z]])
-    reach = 1 + 3 * CONTACT_REACH_M / solid.radius
-    around = centre + (corners - centre) * np.array([[reach], [1.0], [reach]])
-    return np.concatenate([around, around - light * (around[1] / light[1])], axis=1)
+    return np.concatenate([corners, corners - light * (corners[1] / light[1])], axis=1)
+
+
+def _foot_corners(solid: Solid) -> Float[np.ndarray, "3 8"]:
+    """Corners around the floor where the solid takes some of the ambient light."""
+    foot = np.array([[solid.x], [0.0], [solid.z]])
+    reach = 1 + 4 * CONTACT_REACH_M / solid.radius
+    return foot + (solid.bounding_corners() - foot) * np.array([[reach], [0.0], [reach]])
 
 
 def _is_shadowed(

@@ -18,7 +18,7 @@ NEARER_M, NEARER_RATIO = 0.5, 1.3
 
 @dataclass(frozen=True)
 class View:
-    """A scene with the boxes of its solids' visible parts, in [0, 1], and their mean depth there (0 near, 1 far)."""
+    """A scene with the boxes of its solids' visible parts, in thousandths, and the mean depth there (0 near, 1 far)."""
 
     scene: Scene
     boxes_norm: Boxes
