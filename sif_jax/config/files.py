@@ -177,6 +177,8 @@ def _input_error(
         case {"type": "extra_forbidden"}:
             return InputError(f"unknown key {key}", file=file, value=problem["input"], fix=_nearest(kind, key))
         case {"type": "missing"}:
+            required = (row.key for row in describe(kind) if row.default is None)
+            key = next((name for name in required if name == key or name.startswith(f"{key}.")), key)
             return InputError(
                 f"{key} is missing", file=path, fix=f"add it to the config, or give {key}=… as an argument"
             )

@@ -294,6 +294,16 @@ class GenerateConfig(Config):
         return self
 
 
+class ScenesBuildConfig(Config):
+    out: str = Field(description="directory to write: SPLIT.json and the images")
+    splits: dict[str, PositiveInt] = Field(description="scenes per split, such as {train: 400, test: 50}")
+    seed: NonNegativeInt = Field(default=0, description="the same seed builds the same files")
+    workers: PositiveInt = Field(default=1, description="processes that render")
+    questions_per_scene: PositiveInt = Field(default=1, description="rows per scene, each of another family")
+    families: tuple[str, ...] | None = Field(default=None, description="question families; null: all")
+    distractor_rate: Fraction = Field(default=0.5, description="share of rows that first look at a wrong place")
+
+
 class TinyVisionConfig(Config):
     depth: PositiveInt = Field(default=2, description="vision blocks")
     hidden_size: PositiveInt = Field(default=32, description="width of the vision tower")

@@ -33,8 +33,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
         )
+        handlers = {"arrays": ocp.StandardCheckpointHandler(), "host": ocp.JsonCheckpointHandler()}
         with _disk_problems(self.directory):
-            self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("arrays", "host"))
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         return self._manager.latest_step()

@@ -1,0 +1,260 @@
+"""The `sif-jax` commands: a YAML config, key=value overrides, one clear line per mistake (io)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from pydantic import BaseModel
+
+from sif_jax.config import (
+    DataConfig,
+    DemoConfig,
+    EvalConfig,
+    GenerateConfig,
+    GrpoConfig,
+    RunName,
+    ScenesBuildConfig,
+    SftConfig,
+    config_text,
+    describe,
+    load_config,
+)
+from sif_jax.errors import InputError
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(130)
+
+
+class _ConfigCommand(click.Command):
+    """A command whose help lists the keys of its config."""
+
+    def __init__(self, *args: Any, kind: type[BaseModel], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kind = kind
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Keys (KEY=VALUE, or in CONFIG.yaml)"):
+            formatter.write_dl(
+                [
+                    (row.key, f"{row.description}  [{row.type}; {_default_text(row.default)}]")
+                    for row in describe(self.kind)
+                ]
+            )
+
+
+def _default_text(default: str | None) -> str:
+    return "required" if default is None else f"default {default}"
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="sif_jax")
+def main() -> None:
+    """SIFThinker in JAX: spatially-aware image focus with Qwen2.5-VL, LoRA SFT and GRPO-SIF.
+
+    \b
+    Every command reads CONFIG.yaml, then KEY=VALUE overrides; COMMAND --help lists the keys.
+    Example: sif-jax sft configs/paper/sft.yaml optimizer.learning_rate=5e-5 run.name=lower-lr
+    """
+
+
+@main.group()
+def data() -> None:
+    """Build and check records files."""
+
+
+def _command(group: click.Group, name: str, kind: type[Kind]) -> Callable[[Callable[..., None]], click.Command]:
+    """Register a function of a config (and of its own options) as a command."""
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        @functools.wraps(function)
+        def run(words: Sequence[str], print_config: bool, **options: Any) -> None:
+            config = _config(kind, words)
+            if print_config:
+                click.echo(config_text(config), nl=False)
+            else:
+                function(config, **options)
+
+        run = click.option("--print-config", is_flag=True, help="Print the whole config as YAML and exit.")(run)
+        run = click.argument("words", nargs=-1, metavar="[CONFIG.yaml] [KEY=VALUE]...")(run)
+        return group.command(name, cls=_ConfigCommand, kind=kind)(run)
+
+    return decorate
+
+
+def _config(kind: type[Kind], words: Sequence[str]) -> Kind:
+    paths = [word for word in words if "=" not in word]
+    if len(paths) > 1:
+        raise InputError("more than one config", file="command line", value=paths, expected="one CONFIG.yaml")
+    return load_config(kind, paths[0] if paths else None, [word for word in words if "=" in word])
+
+
+_dry_run = click.option("--dry-run", is_flag=True, help="Check the config, the data and the model's path, and exit.")
+
+
+@_command(main, "demo", DemoConfig)
+def demo(config: DemoConfig) -> None:
+    """Run the whole path on a tiny random model: scenes, SFT, GRPO-SIF, evaluation.
+
+    Run it in the root of the checkout. It takes a few minutes on a CPU.
+
+    \b
+    Example: sif-jax demo
+    """
+    from sif_jax import demo
+
+    click.echo(demo.run(config))
+
+
+@_command(main, "sft", SftConfig)
+@_dry_run
+def sft(config: SftConfig, dry_run: bool) -> None:
+    """Fine-tune on the chains of thought (or the bare answers) of a records file.
+
+    The same command resumes a run that was stopped.
+
+    \b
+    Example: sif-jax sft configs/paper/sft.yaml data.path=data/SIF-50K.json model.path=ckpt/Qwen2.5-VL-7B-Instruct
+    """
+    if dry_run:
+        rows = _report_inputs(config.run, config.model.path, config.data)
+        _report_steps(rows, config.epochs, config.batch_size * config.accumulation, config.max_steps)
+        return
+    from sif_jax.training import sft
+
+    click.echo(sft.train(config))
+
+
+@_command(main, "grpo", GrpoConfig)
+@_dry_run
+def grpo(config: GrpoConfig, dry_run: bool) -> None:
+    """Reinforce with GRPO-SIF: rewards for format, answer, boxes and depth.
+
+    The same command resumes a run that was stopped.
+
+    \b
+    Example: sif-jax grpo configs/paper/grpo.yaml model.path=runs/paper-sft num_samples=16
+    """
+    if dry_run:
+        rows = _report_inputs(config.run, config.model.path, config.data)
+        _report_steps(rows, config.epochs, config.prompts_per_step, config.max_steps)
+        return
+    from sif_jax.training import grpo
+
+    click.echo(grpo.train(config))
+
+
+@_command(main, "eval", EvalConfig)
+@_dry_run
+def eval_(config: EvalConfig, dry_run: bool) -> None:
+    """Score a model on a records file: greedy and strict.
+
+    \b
+    Example: sif-jax eval configs/paper/eval.yaml model.path=runs/paper-grpo data.path=data/test.json
+    """
+    if dry_run:
+        _report_inputs(config.run, config.model.path, config.data)
+        return
+    from sif_jax.evals.evaluate import evaluate
+
+    click.echo(evaluate(config))
+
+
+@_command(main, "generate", GenerateConfig)
+def generate(config: GenerateConfig) -> None:
+    """Answer one question about one image.
+
+    \b
+    Example: sif-jax generate model.path=runs/paper-grpo image=street.jpg depth=street-depth.png question='Which car is nearer?'
+    """
+    from sif_jax import api
+    from sif_jax.models.qwen2_5_vl.chat import messages_with_images
+    from sif_jax.sif.prompts import user_text
+
+    prompt, sampling = config.prompt, config.sampling
+    text = user_text(config.question, prompt.depth_input, prompt.with_depth_words)
+    images = [config.image, config.depth] if prompt.depth_input else [config.image]
+    vlm = api.load(
+        config.model.path,
+        dtype=config.model.dtype,
+        min_pixels=config.model.min_pixels,
+        max_pixels=config.model.max_pixels,
+    )
+    messages = messages_with_images([{"role": "user", "content": text}], images)
+    for completion in vlm.generate(messages, **sampling.model_dump()):
+        click.echo(completion.text)
+
+
+@_command(data, "build", ScenesBuildConfig)
+def build(config: ScenesBuildConfig) -> None:
+    """Render SIF-Scenes: images with exact depth, boxes, questions and chains of thought.
+
+    \b
+    Example: sif-jax data build out=data/scenes splits='{train: 400, test: 50}' seed=0 workers=4
+    """
+    from sif_jax.data.scenes import build
+    from sif_jax.data.scenes.config import FAMILIES, ScenesConfig
+
+    scenes = ScenesConfig(
+        families=tuple((family, 1.0) for family in config.families or FAMILIES),
+        questions_per_scene=config.questions_per_scene,
+        distractor_rate=config.distractor_rate,
+    )
+    build.build_scenes(Path(config.out), scenes, config.splits, config.seed, config.workers)
+    click.echo(config.out)
+
+
+@data.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--image-root", type=click.Path(path_type=Path), help="Folder of the images; default: FILE's own folder.")
+def check(file: Path, image_root: Path | None) -> None:
+    """Read every row of a records FILE, open every image, parse every chain of thought; exit with 2 on any problem.
+
+    \b
+    Example: sif-jax data check data/scenes/train.json
+    """
+    from sif_jax.data.check import check_file
+
+    report = check_file(file, image_root=image_root)
+    click.echo(
+        f"{report.num_rows} rows, {report.num_depth_images} depth images, {report.num_gold_boxes} gold boxes, "
+        f"{report.num_completions} chains of thought, {len(report.problems)} problems"
+    )
+    for problem in report.problems:
+        click.echo(problem)
+    if report.problems:
+        raise click.exceptions.Exit(2)
+
+
+def _report_inputs(run: RunName, model_path: str, data: DataConfig) -> int:
+    """Print what a command would read; returns the number of records."""
+    from sif_jax.sif.record import read_records
+
+    file = read_records(data.path, image_root=data.image_root, on_error=data.on_error)
+    rows = len(file.records) if data.limit is None else min(len(file.records), data.limit)
+    if not rows:
+        raise InputError("no records to use", file=data.path, expected="at least one")
+    started = "resumes" if (run.directory / "config.yaml").exists() else "new"
+    found = "found" if Path(model_path).is_dir() else "no such directory here"
+    click.echo(f"run    {run.directory} ({started})\nmodel  {model_path} ({found})")
+    click.echo(f"data   {data.path}: {rows} records, {len(file.skipped)} rows skipped")
+    return rows
+
+
+def _report_steps(rows: int, epochs: int, rows_per_step: int, max_steps: int | None) -> None:
+    steps = -(-rows * epochs // rows_per_step)
+    click.echo(f"steps  {min(steps, max_steps or steps)} of {rows_per_step} records")
