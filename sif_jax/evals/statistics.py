@@ -126,4 +126,4 @@ def _at(sample: Mapping[str, Any], path: tuple[str, ...]) -> float | None:
     found: Any = sample
     for key in path:
         found = found[key]
-    return found
+    return None if found is None else float(found)
