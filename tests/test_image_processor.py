@@ -158,9 +158,9 @@ def test_a_rotated_photograph_is_loaded_upright(tmp_path):
     np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "a.png")), np.rot90(np.asarray(image), -1))
 
 
-def test_a_missing_image_is_refused_with_its_path_and_row(tmp_path):
-    with pytest.raises(InputError, match=r"none\.png: row 7: no such image"):
-        load_image(tmp_path / "none.png", row=7)
+def test_a_missing_image_is_refused_with_its_path(tmp_path):
+    with pytest.raises(InputError, match=r"none\.png: no such image"):
+        load_image(tmp_path / "none.png")
 
 
 def test_a_file_that_is_no_image_is_refused(tmp_path):

@@ -120,7 +120,7 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
     return resized_height, resized_width
 
 
-def load_image(path: str | Path, *, row: int | str | None = None) -> Image.Image:
+def load_image(path: str | Path) -> Image.Image:
     """The upright RGB image of a file (EXIF rotation applied), as transformers' `load_image`.
 
     Raises:
@@ -130,11 +130,11 @@ def load_image(path: str | Path, *, row: int | str | None = None) -> Image.Image
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise InputError("no such image", file=path, row=row, fix="check image_root and the row's path") from None
+        raise InputError("no such image", file=path, fix="check image_root and the row's path") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"the image is too large: {error}", file=path, row=row, fix="downscale it") from None
+        raise InputError(f"the image is too large: {error}", file=path, fix="downscale it") from None
     except _UNREADABLE as error:
-        raise InputError(f"the image cannot be read: {error}", file=path, row=row, fix="replace the file") from None
+        raise InputError(f"the image cannot be read: {error}", file=path, fix="replace the file") from None
 
 
 def _to_rgb(image: Image.Image | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:

@@ -1,0 +1,232 @@
+"""Examples to one batch of arrays, padded to the smallest bucket that fits (host).
+
+The arrays are the batch contract of docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from sif_jax.config import BucketsConfig
+from sif_jax.data.example import Example
+from sif_jax.errors import InputError
+from sif_jax.models.qwen2_5_vl.chat import ChatProcessor
+from sif_jax.models.qwen2_5_vl.config import VisionConfig
+from sif_jax.models.qwen2_5_vl.layout import Grid, WindowLayout, patch_positions, patch_segments, window_layout
+
+Row = Sequence[Example]
+
+
+class Waste(NamedTuple):
+    """Share of the batch that is padding."""
+
+    tokens: float
+    patches: float
+
+
+class Batch(NamedTuple):
+    """`records` names the records packed in each row; a row of padding has none."""
+
+    arrays: dict[str, np.ndarray]
+    records: tuple[tuple[int, ...], ...]
+    waste: Waste
+
+
+class _Sizes(NamedTuple):
+    tokens: int
+    patches: int
+    windows: int
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes batches of `batch_size` rows, each of one example or of several packed ones.
+
+    `fixed_shape` always takes the largest bucket, as every process of a multi-process job must make the same shapes.
+    """
+
+    buckets: BucketsConfig
+    batch_size: int
+    pad_id: int
+    image_token_id: int
+    merge_size: int = 2
+    window_patches: int = 8
+    patch_dim: int = 1176
+    fixed_shape: bool = False
+
+    @classmethod
+    def for_model(
+        cls,
+        chat: ChatProcessor,
+        vision: VisionConfig,
+        buckets: BucketsConfig,
+        batch_size: int,
+        *,
+        fixed_shape: bool = False,
+    ) -> Collator:
+        images = chat.image_processor
+        ours, theirs = (images.patch_size, images.merge_size), (vision.patch_size, vision.spatial_merge_size)
+        if ours != theirs:
+            raise InputError(
+                "image processor and model disagree on (patch_size, merge_size)", value=ours, expected=str(theirs)
+            )
+        merged_side = vision.window_size // vision.patch_size // vision.spatial_merge_size
+        return cls(
+            buckets=buckets,
+            batch_size=batch_size,
+            pad_id=chat.pad_id,
+            image_token_id=chat.ids.image_pad,
+            merge_size=vision.spatial_merge_size,
+            window_patches=merged_side * vision.spatial_merge_size,
+            patch_dim=vision.patch_dim,
+            fixed_shape=fixed_shape,
+        )
+
+    def check(self, row: Row) -> None:
+        """
+        Raises:
+          InputError: the row is longer than the largest bucket.
+        """
+        for kind, length in (("tokens", _num_tokens(row)), ("patches", _num_patches(row))):
+            largest = getattr(self.buckets, kind)[-1]
+            if length > largest:
+                raise InputError(
+                    f"the example has too many {kind}",
+                    row=", ".join(str(example.record_index + 1) for example in row),
+                    value=length,
+                    expected=f"at most {largest}, the largest bucket",
+                    fix=f"raise data.buckets.{kind}, or lower model.max_pixels",
+                )
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        for row in rows:
+            self.check(row)
+        layouts = [self._windows(row) for row in rows]
+        sizes = self._sizes(rows, layouts)
+        arrays = self._padding(sizes)
+        for index, (row, layout) in enumerate(zip(rows, layouts)):
+            self._write_row({name: array[index] for name, array in arrays.items()}, row, layout)
+        records = tuple(tuple(example.record_index for example in row) for row in rows)
+        return Batch(arrays, records + ((),) * (self.batch_size - len(rows)), _waste(arrays))
+
+    def _windows(self, row: Row) -> WindowLayout:
+        return window_layout(_grids(row), merge_size=self.merge_size, window_patches=self.window_patches)
+
+    def _sizes(self, rows: Sequence[Row], layouts: Sequence[WindowLayout]) -> _Sizes:
+        num_patches, num_windows = _longest(_num_patches(row) for row in rows), _longest(len(w) for w, _ in layouts)
+        if self.fixed_shape:
+            tokens, patches = self.buckets.tokens[-1], self.buckets.patches[-1]
+            return _Sizes(tokens, patches, self._fixed_windows(patches, num_windows))
+        tokens = _smallest_fitting(self.buckets.tokens, _longest(_num_tokens(row) for row in rows))
+        patches = _smallest_fitting(self.buckets.patches, num_patches) if num_patches else 0
+        return _Sizes(tokens, patches, self._window_bucket(patches, num_windows))
+
+    def _window_bucket(self, patches: int, needed: int) -> int:
+        """Twice the full windows, which has room for ragged edges; doubled for very small or narrow images."""
+        windows = 2 * -(-patches // self.window_patches**2)
+        while windows < needed:
+            windows *= 2
+        return windows
+
+    def _fixed_windows(self, patches: int, needed: int) -> int:
+        windows = self._window_bucket(patches, 0)
+        if needed > windows:
+            raise InputError(
+                "the images of a row are too small or too narrow to batch across processes",
+                value=f"{needed} attention windows",
+                expected=f"at most {windows}",
+                fix="raise data.buckets.patches or model.min_pixels",
+            )
+        return windows
+
+    def _padding(self, sizes: _Sizes) -> dict[str, np.ndarray]:
+        B, L, V, W = self.batch_size, *sizes
+        return {
+            "tokens": np.full((B, L), self.pad_id, np.int32),
+            "positions": np.zeros((B, L, 3), np.int32),
+            "segments": np.zeros((B, L), np.int32),
+            "loss_mask": np.zeros((B, L), np.float32),
+            "image_index": np.full((B, L), -1, np.int32),
+            "patches": np.zeros((B, V, self.patch_dim), np.float32),
+            "patch_positions": np.zeros((B, V, 2), np.int32),
+            "patch_segments": np.zeros((B, V), np.int32),
+            "windows": np.full((B, W, self.window_patches**2), -1, np.int32),
+            "window_slot": np.zeros((B, V), np.int32),
+        }
+
+    def _write_row(self, arrays: dict[str, np.ndarray], row: Row, layout: WindowLayout) -> None:
+        start = 0
+        for number, example in enumerate(row, 1):
+            span = slice(start, start + len(example.tokens))
+            arrays["tokens"][span] = example.tokens
+            arrays["positions"][span] = example.positions
+            arrays["segments"][span] = number
+            arrays["loss_mask"][span] = example.loss_mask
+            start = span.stop
+        shown = arrays["tokens"][:start] == self.image_token_id
+        arrays["image_index"][:start][shown] = np.arange(shown.sum())
+        self._write_images(arrays, row, layout)
+
+    def _write_images(self, arrays: dict[str, np.ndarray], row: Row, layout: WindowLayout) -> None:
+        grids, num_patches = _grids(row), _num_patches(row)
+        images = [image.patches for example in row for image in example.images]
+        if images:
+            np.concatenate(images, out=arrays["patches"][:num_patches])
+        arrays["patch_positions"][:num_patches] = patch_positions(grids, merge_size=self.merge_size)
+        arrays["patch_segments"][:num_patches] = patch_segments(grids)
+        arrays["windows"][: len(layout.windows)] = layout.windows
+        arrays["window_slot"][:num_patches] = layout.slots
+
+
+class RowFiller:
+    """Puts examples into the rows of one batch, in order: one per row, or first-fit when packing."""
+
+    def __init__(self, collator: Collator, *, pack: bool):
+        self.rows: list[list[Example]] = []
+        self._collator = collator
+        self._pack = pack
+
+    def add(self, example: Example) -> bool:
+        """False when the example has to wait for the next batch."""
+        row = next((row for row in self.rows if self._pack and self._fits(row, example)), None)
+        if row is None and len(self.rows) == self._collator.batch_size:
+            return False
+        if row is None:
+            self.rows.append([example])
+        else:
+            row.append(example)
+        return True
+
+    def _fits(self, row: Row, example: Example) -> bool:
+        buckets = self._collator.buckets
+        longer = [*row, example]
+        return _num_tokens(longer) <= buckets.tokens[-1] and _num_patches(longer) <= buckets.patches[-1]
+
+
+def _smallest_fitting(buckets: Sequence[int], length: int) -> int:
+    return next(bucket for bucket in buckets if bucket >= length)
+
+
+def _longest(lengths: Iterable[int]) -> int:
+    return max(lengths, default=0)
+
+
+def _num_tokens(row: Row) -> int:
+    return sum(len(example.tokens) for example in row)
+
+
+def _num_patches(row: Row) -> int:
+    return sum(example.num_patches for example in row)
+
+
+def _grids(row: Row) -> list[Grid]:
+    return [image.grid_hw for example in row for image in example.images]
+
+
+def _waste(arrays: dict[str, np.ndarray]) -> Waste:
+    padding = (arrays[name] == 0 for name in ("segments", "patch_segments"))
+    return Waste(*(float(padded.mean()) if padded.size else 0.0 for padded in padding))

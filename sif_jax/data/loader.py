@@ -1,0 +1,94 @@
+"""Shuffled, sharded, resumable batches of a record file, encoded ahead by Grain's threads (host)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import grain
+import numpy as np
+
+from sif_jax.data.batch import Batch, Collator, RowFiller
+from sif_jax.data.example import Example
+from sif_jax.errors import InputError
+
+State = dict[str, int]
+
+
+class Loader(Iterator[Batch]):
+    """Batches in an order fixed by `seed`; every epoch is shuffled anew, and batches run on across epochs.
+
+    `epochs=None` never ends; otherwise the last batch is filled up with rows of padding. Of `process_count` processes,
+    each takes every process_count-th example of the one stream.
+
+    `get_state()` is plain JSON; after `set_state()` on an equal loader the same batches follow. `skipped` maps the index
+    of each record that `on_error="skip"` passed over to the reason.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[int], Example],
+        num_records: int,
+        collate: Collator,
+        *,
+        seed: int,
+        epochs: int | None = None,
+        shuffle: bool = True,
+        pack: bool = False,
+        on_error: Literal["raise", "skip"] = "raise",
+        process_index: int = 0,
+        process_count: int = 1,
+        num_threads: int = 4,
+        prefetch: int = 32,
+    ):
+        if num_records == 0:
+            raise InputError("there are no records to load", fix="check data.path")
+        self.skipped: dict[int, str] = {}
+        self._encode, self._num_records, self._collate = encode, num_records, collate
+        self._pack, self._on_error = pack, on_error
+        indices = grain.MapDataset.range(num_records)
+        if shuffle:
+            indices = indices.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        share = indices.repeat(epochs)[process_index::process_count]
+        options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+        self._stream = iter(share.map(self._try_encode).to_iter_dataset(options))
+        self._next_state: State = self._stream.get_state()
+        self._pending: Example | None = None
+
+    def get_state(self) -> State:
+        return dict(self._next_state)
+
+    def set_state(self, state: State) -> None:
+        self._stream.set_state(dict(state))
+        self._next_state, self._pending = dict(state), None
+
+    def __next__(self) -> Batch:
+        filler = RowFiller(self._collate, pack=self._pack)
+        example = self._pending or self._draw()
+        while example is not None and filler.add(example):
+            self._next_state = self._stream.get_state()
+            example = self._draw()
+        self._pending = example
+        if not filler.rows:
+            raise StopIteration
+        return self._collate(filler.rows)
+
+    def _draw(self) -> Example | None:
+        for _ in range(self._num_records):
+            drawn = next(self._stream, None)
+            if not isinstance(drawn, tuple):
+                return drawn
+            index, error = drawn
+            if self._on_error == "raise":
+                raise error
+            self.skipped[index] = str(error)
+        raise InputError(f"all of {self._num_records} records in a row failed", value=next(iter(self.skipped.values())))
+
+    def _try_encode(self, index: int) -> Example | tuple[int, InputError]:
+        """An error travels in its place of the stream, so that skipping does not depend on the threads."""
+        try:
+            example = self._encode(index)
+            self._collate.check([example])
+        except InputError as error:
+            return index, error
+        return example
