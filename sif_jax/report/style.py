@@ -89,7 +89,8 @@ text.area { fill: var(--area); }
 text.gold { fill: var(--gold); }
 @media print {
   body { max-width: none; padding: 0; font-size: 10.5pt; -webkit-print-color-adjust: exact; print-color-adjust: exact; }
-  h2, h3, h4 { break-after: avoid; }
+  h2, h3, h4, .note, .reason { break-after: avoid; }
+  .steps { grid-template-columns: repeat(4, 1fr); gap: 12px; }
   .trace details:not([open]) { display: none; }
   .scroll { overflow: visible; }
 }
