@@ -32,9 +32,9 @@ class _Loop(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def encode_images(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> Shaped[Array, "P I D"]:
+def encode_images(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...], batch: Batch) -> Shaped[Array, "P I D"]:
     """Image features of a prompt batch, to be reused while the vision tower does not change."""
-    return nnx.merge(graphdef, state).image_features(batch)
+    return nnx.merge(graphdef, *states).image_features(batch)
 
 
 def next_positions(batch: Batch) -> Int[Array, "P"]:
@@ -45,7 +45,7 @@ def next_positions(batch: Batch) -> Int[Array, "P"]:
 @partial(jax.jit, static_argnames=("graphdef", "sampling", "pad_id"))
 def generate(
     graphdef: nnx.GraphDef,
-    state: nnx.State,
+    states: tuple[nnx.State, ...],
     batch: Batch,
     features: Shaped[Array, "P I D"],
     keys: Key[Array, "P M"],
@@ -54,7 +54,7 @@ def generate(
     pad_id: int,
 ) -> Rollout:
     """Continue each prompt of a batch (one prompt per row, padded on the right) M times."""
-    model: Qwen2_5_VL = nnx.merge(graphdef, state)
+    model: Qwen2_5_VL = nnx.merge(graphdef, *states)
     prompts, samples = keys.shape
     logits, prefix = _prefill(model, batch, features)
     start = next_positions(batch)

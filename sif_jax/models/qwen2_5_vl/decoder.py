@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int, Shaped
 
 from sif_jax.models.qwen2_5_vl.config import TextConfig
@@ -40,7 +41,7 @@ class Cache(NamedTuple):
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, config: TextConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         dim, head = config.hidden_size, config.head_dim
         kv = config.num_key_value_heads * head
 
@@ -71,7 +72,7 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    def __init__(self, config: TextConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.layers = stack(lambda rngs: DecoderLayer(config, dtype=dtype, rngs=rngs), config.num_hidden_layers, rngs)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.config = config
@@ -176,7 +177,7 @@ class Decoder(nnx.Module):
         (hidden, k, v), _ = jax.lax.scan(body, carry, (layers, prefix.k, prefix.v, numbers))
         return self.norm(hidden)[:, :, 0], Cache(k, v)
 
-    def empty_cache(self, prompts: int, samples: int, length: int, dtype: jnp.dtype) -> Cache:
+    def empty_cache(self, prompts: int, samples: int, length: int, dtype: DTypeLike) -> Cache:
         config = self.config
         shape = (config.num_hidden_layers, prompts, samples, length, config.num_key_value_heads, config.head_dim)
         return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

@@ -7,6 +7,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 Key = Array | None
@@ -19,8 +20,8 @@ class LoRAParam(nnx.Param):
 class Linear(nnx.Module):
     """y = x W + b, and + (alpha / R) dropout(x) A B once `add_lora` has given it factors (arXiv:2106.09685)."""
 
-    def __init__(self, d_in: int, d_out: int, *, bias: bool, name: str, dtype: jnp.dtype, rngs: nnx.Rngs):
-        initial = nnx.initializers.normal(0.02)(rngs.params(), (d_in, d_out), dtype)
+    def __init__(self, d_in: int, d_out: int, *, bias: bool, name: str, dtype: DTypeLike, rngs: nnx.Rngs):
+        initial = nnx.initializers.lecun_normal()(rngs.params(), (d_in, d_out), dtype)
         self.kernel = nnx.Param(initial)
         self.bias = nnx.Param(jnp.zeros(d_out, dtype)) if bias else None
         self.lora_a: LoRAParam | None = nnx.data(None)
@@ -50,7 +51,7 @@ def _dropout(x: Array, key: Array, rate: float) -> Array:
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, dim: int, *, eps: float, dtype: jnp.dtype):
+    def __init__(self, dim: int, *, eps: float, dtype: DTypeLike):
         self.scale = nnx.Param(jnp.ones(dim, dtype))
         self.eps = eps
 
@@ -61,7 +62,7 @@ class RMSNorm(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    def __init__(self, dim: int, hidden: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, dim: int, hidden: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         self.gate_proj = Linear(dim, hidden, bias=bias, name="gate_proj", dtype=dtype, rngs=rngs)
         self.up_proj = Linear(dim, hidden, bias=bias, name="up_proj", dtype=dtype, rngs=rngs)
         self.down_proj = Linear(hidden, dim, bias=bias, name="down_proj", dtype=dtype, rngs=rngs)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -26,8 +27,8 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801  the model's published name
         self,
         config: Qwen2_5_VLConfig,
         *,
-        param_dtype: jnp.dtype = jnp.float32,
-        compute_dtype: jnp.dtype | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        compute_dtype: DTypeLike | None = None,
         remat: Remat = "none",
         rngs: nnx.Rngs,
     ):

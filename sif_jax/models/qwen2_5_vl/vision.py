@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sif_jax.models.qwen2_5_vl.config import VisionConfig
@@ -21,7 +22,7 @@ from sif_jax.ops.windows import permute
 
 
 class VisionBlock(nnx.Module):
-    def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         dim = config.hidden_size
         self.norm1 = RMSNorm(dim, eps=1e-6, dtype=dtype)
         self.qkv = Linear(dim, 3 * dim, bias=True, name="qkv", dtype=dtype, rngs=rngs)
@@ -68,7 +69,7 @@ def window_attention(
 class PatchMerger(nnx.Module):
     """Four neighbouring patches become one feature of the decoder's width."""
 
-    def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width = config.hidden_size * config.merge_unit
         self.norm = RMSNorm(config.hidden_size, eps=1e-6, dtype=dtype)
         self.fc1 = Linear(width, width, bias=True, name="merger.0", dtype=dtype, rngs=rngs)
@@ -81,7 +82,7 @@ class PatchMerger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.patch_embed = Linear(
             config.patch_dim, config.hidden_size, bias=False, name="patch_embed", dtype=dtype, rngs=rngs
         )
@@ -97,7 +98,7 @@ class VisionTower(nnx.Module):
         windows: Int[Array, "B W S"],
         window_slot: Int[Array, "B V"],
         *,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         remat: Remat = "none",
         key: Key = None,
     ) -> Shaped[Array, "B M D"]:

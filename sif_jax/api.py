@@ -1,0 +1,158 @@
+"""The object that notebooks call: load a checkpoint, encode, score, generate, save (io)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float32
+
+from sif_jax.config import BucketsConfig, ModelConfig
+from sif_jax.data.batch import Collator
+from sif_jax.data.example import Example
+from sif_jax.errors import InputError
+from sif_jax.models.qwen2_5_vl.chat import ChatProcessor, Encoded, Messages
+from sif_jax.models.qwen2_5_vl.checkpoint import model_directory, open_model, open_processor
+from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from sif_jax.models.qwen2_5_vl.model import Batch
+from sif_jax.models.qwen2_5_vl.weights import save_model
+from sif_jax.parallel.mesh import replicate
+from sif_jax.rollout.engine import encode_images, generate
+from sif_jax.rollout.sampling import Sampling, sample_keys
+
+TOKEN_STEP, PATCH_STEP = 256, 256  # inputs are padded to multiples, so that few programs are compiled
+
+
+@dataclass(frozen=True)
+class Completion:
+    text: str
+    ids: list[int]  # the stop token included
+    logprobs: list[float]  # nats, of each id under the model at the sampling temperature
+    finish_reason: Literal["stop", "length"]
+
+
+def load(
+    path: str | Path,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    mesh: Mesh | None = None,
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+) -> VLM:
+    """Open a Hugging Face directory, or the directory of one of our runs.
+
+    Raises:
+      InputError: something in the directory is missing or does not fit together.
+    """
+    config = ModelConfig(path=str(path), dtype=dtype, remat="none", min_pixels=min_pixels, max_pixels=max_pixels)
+    model = open_model(config)
+    graphdef, state = nnx.split(model)
+    return VLM(
+        open_processor(config), model.config, graphdef, state if mesh is None else replicate(state, mesh), model_directory(path)
+    )
+
+
+@dataclass(frozen=True)
+class VLM:
+    processor: ChatProcessor
+    config: Qwen2_5_VLConfig
+    graphdef: nnx.GraphDef
+    state: nnx.State
+    source: Path
+
+    def encode(self, messages: Messages) -> Encoded:
+        """Tokens, positions and patches of chat messages, ready for an answer; images are PIL, arrays or paths."""
+        return self.processor.encode(messages)
+
+    def logits(self, inputs: Encoded) -> Float32[np.ndarray, "T V"]:
+        """Scores of the next token after each of the T tokens, from one full forward pass."""
+        logits = _logits(self.graphdef, self.state, self._batch(inputs))
+        return np.asarray(logits)[0, : len(inputs.tokens)]
+
+    def logprobs(self, inputs: Encoded, completion_ids: Sequence[int]) -> Float32[np.ndarray, " C"]:
+        """Log-probability of each token of a completion that follows the inputs, in nats."""
+        continued = _continue(inputs, completion_ids)
+        logits = self.logits(continued)[len(inputs.tokens) - 1 : -1]
+        logprobs = np.asarray(jax.nn.log_softmax(logits))
+        return logprobs[np.arange(len(completion_ids)), np.asarray(completion_ids, np.int64)]
+
+    def generate(
+        self,
+        messages: Messages,
+        max_new_tokens: int = 512,
+        num_samples: int = 1,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[Completion]:
+        """`num_samples` answers; temperature 0 is greedy. The same seed gives the same samples."""
+        if num_samples < 1:
+            raise InputError("nothing to sample", value=num_samples, expected="num_samples >= 1")
+        processor = self.processor
+        sampling = Sampling(max_new_tokens, processor.eos_ids, processor.forbidden_ids, temperature, top_k, top_p)
+        batch, states = self._batch(self.encode(messages)), (self.state,)
+        keys = sample_keys(seed, 0, np.zeros(1, np.int32), num_samples)
+        features = encode_images(self.graphdef, states, batch)
+        rollout = generate(self.graphdef, states, batch, features, keys, sampling=sampling, pad_id=processor.pad_id)
+        rows = zip(*(np.asarray(x[0]) for x in rollout), strict=True)
+        return [
+            Completion(
+                processor.decode(ids[:length]),
+                ids[:length].tolist(),
+                logprobs[:length].tolist(),
+                "stop" if finished else "length",
+            )
+            for ids, logprobs, length, finished in rows
+        ]
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a Hugging Face directory that transformers and `load` read.
+
+        Raises:
+          InputError: the directory exists, or the disk is full.
+        """
+        save_model(nnx.merge(self.graphdef, self.state), directory, source=self.source)
+
+    def _batch(self, inputs: Encoded) -> dict[str, np.ndarray]:
+        example = Example(*inputs[:2], np.zeros(len(inputs.tokens), np.float32), inputs.images, 0)
+        buckets = BucketsConfig(
+            tokens=(_round_up(len(inputs.tokens), TOKEN_STEP),),
+            patches=(_round_up(example.num_patches, PATCH_STEP) or PATCH_STEP,),
+        )
+        vision = self.config.vision
+        collate = Collator(
+            buckets,
+            1,
+            self.processor.pad_id,
+            self.processor.ids.image_pad,
+            vision.spatial_merge_size,
+            vision.window_size // vision.patch_size,
+        )
+        return collate([[example]]).arrays
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _logits(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> Float[Array, "B L V"]:
+    model = nnx.merge(graphdef, state)
+    return model.logits(model.hidden(batch))
+
+
+def _continue(inputs: Encoded, ids: Sequence[int]) -> Encoded:
+    steps = inputs.positions.max() + 1 + np.arange(len(ids), dtype=np.int32)
+    return Encoded(
+        np.concatenate([inputs.tokens, np.asarray(ids, np.int32)]),
+        np.concatenate([inputs.positions, np.repeat(steps[:, None], 3, axis=1)]),
+        inputs.images,
+    )
+
+
+def _round_up(count: int, step: int) -> int:
+    return -(-count // step) * step

@@ -1,0 +1,65 @@
+"""What a policy says about given tokens: the loss of packed rows, and log-probabilities of sampled completions (pure)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from sif_jax.models.qwen2_5_vl.model import Batch, Qwen2_5_VL
+from sif_jax.ops.loss import chunked_logprobs
+
+
+class TokenSums(NamedTuple):
+    """Sums over target tokens, so that micro-batches of different sizes add up to the true mean."""
+
+    nll: Float[Array, ""]  # nats
+    correct: Float[Array, ""]  # tokens whose probability is above one half
+    tokens: Float[Array, ""]
+
+
+def next_token_loss(model: Qwen2_5_VL, batch: Batch, key: Array | None) -> tuple[Float[Array, ""], TokenSums]:
+    """Summed negative log-likelihood of the target tokens, each predicted from the token before it."""
+    hidden = model.hidden(batch, key)[:, :-1]
+    targets, mask = batch["tokens"][:, 1:], batch["loss_mask"][:, 1:]
+    logprobs, _ = chunked_logprobs(hidden.reshape(-1, hidden.shape[-1]), model.head(), targets.reshape(-1))
+    mask = mask.reshape(-1)
+    nll = -jnp.sum(logprobs * mask)
+    return nll, TokenSums(nll, jnp.sum(mask * (logprobs > jnp.log(0.5))), mask.sum())
+
+
+def completion_logprobs(
+    model: Qwen2_5_VL,
+    batch: Batch,
+    features: Shaped[Array, "P I D"] | None,
+    ids: Int[Array, "P M T"],
+    *,
+    temperature: float,
+    key: Array | None = None,
+) -> tuple[Float[Array, "P M T"], Float[Array, "P M T"]]:
+    """Log-probabilities of the completions of each prompt, and the entropy at each of their tokens, in nats.
+
+    The prompt runs once per group; `features` are the prompt's image features when the vision tower is frozen.
+    """
+    prompts, samples, length = ids.shape
+    real = batch["segments"] > 0
+    start = jnp.max(jnp.where(real[..., None], batch["positions"], -1), axis=(1, 2)) + 1
+    positions = start[:, None] + jnp.arange(length)[None]
+    positions = jnp.broadcast_to(positions[:, None, :, None], (prompts, samples, length, 3))
+    prompt_hidden, hidden = model.decoder.group_forward(
+        model.embed_prompt(batch, features, key),
+        batch["positions"],
+        batch["segments"],
+        model.embed(ids),
+        positions,
+        remat=model.remat,
+        key=key,
+    )
+    last = jnp.take_along_axis(prompt_hidden, (real.sum(-1) - 1)[:, None, None], axis=1)
+    before = jnp.broadcast_to(last[:, None], (prompts, samples, 1, last.shape[-1]))
+    hidden = jnp.concatenate([before, hidden[:, :, :-1]], axis=2)
+    logprobs, entropy = chunked_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]), model.head(), ids.reshape(-1), temperature=temperature
+    )
+    return logprobs.reshape(ids.shape), entropy.reshape(ids.shape)

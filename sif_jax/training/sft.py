@@ -1,0 +1,101 @@
+"""Supervised fine-tuning on the chains of thought (io).
+
+The loop: batch → summed gradients of its micro-batches → one optimizer step → metrics → checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array
+
+from sif_jax.config import SftConfig
+from sif_jax.data.feed import open_feed
+from sif_jax.models.qwen2_5_vl.model import Batch
+from sif_jax.parallel.mesh import data_mesh, replicate, shard_rows
+from sif_jax.training.checkpoint import Checkpoints
+from sif_jax.training.metrics import MetricsLog, Progress
+from sif_jax.training.optimizer import learning_rate, make_optimizer
+from sif_jax.training.policy import TokenSums, next_token_loss
+from sif_jax.training.policy_files import Policy, check_finite, export_policy, open_policy
+from sif_jax.training.run_dir import open_run
+from sif_jax.training.state import accumulate, initial_state, make_apply, num_steps
+
+
+def train(config: SftConfig) -> Path:
+    """Run one fine-tuning, or resume it; its directory then holds checkpoints, metrics and the exported model."""
+    directory, mesh = open_run(config), data_mesh()
+    policy = open_policy(config.model, lora=config.lora, freeze_vision=config.freeze_vision, seed=config.run.seed)
+    feed = open_feed(
+        config.data,
+        config.prompt,
+        policy.processor,
+        policy.config.vision,
+        target=config.target,
+        batch_size=config.batch_size,
+        seed=config.run.seed,
+        pack=config.packing,
+    )
+    steps = config.max_steps or num_steps(len(feed.records) * config.epochs, config.batch_size * config.accumulation)
+    optimizer = make_optimizer(config.optimizer, steps)
+    add_gradients, apply = make_gradients(policy), make_apply(optimizer)
+    state, frozen = replicate((initial_state(policy.trainable, optimizer), policy.frozen), mesh)
+    checkpoints, start = Checkpoints(directory / "checkpoints", config.run.keep), 0
+    if checkpoints.latest() is not None:
+        start, state, host = checkpoints.restore(None, state)
+        feed.loader.set_state(host["loader"])
+    log = MetricsLog(directory, start_step=start, tensorboard=config.run.tensorboard, wandb=config.run.wandb)
+    progress, rate = Progress("sft", steps, start=start), learning_rate(config.optimizer, steps)
+    key = jax.random.key(config.run.seed)
+
+    for step in range(start, steps):
+        began, gathered = time.monotonic(), None
+        for micro in range(config.accumulation):
+            batch = shard_rows(next(feed.loader).arrays, mesh)
+            gathered = add_gradients(
+                gathered, state.trainable, frozen, batch, jax.random.fold_in(key, step * 2**8 + micro)
+            )
+        gradients, sums = gathered
+        state, norm = apply(state, gradients, sums.tokens)
+        if (step + 1) % config.run.log_every == 0:
+            metrics = _metrics(sums, norm, time.monotonic() - began) | {"learning_rate": rate(step)}
+            check_finite(metrics["loss"], step=step, file=directory)
+            log.log(step, metrics)
+            progress.advance(config.run.log_every, loss=metrics["loss"])
+        if (step + 1) % config.run.save_every == 0 or step + 1 == steps:
+            checkpoints.save(step + 1, arrays=state, host={"loader": feed.loader.get_state()})
+
+    log.close(), progress.close(), checkpoints.close()
+    export_policy(policy, state.trainable, directory / "model")
+    return directory
+
+
+def make_gradients(policy: Policy) -> Callable[..., Any]:
+    """(earlier or None, trainable, frozen, batch, key) → (summed gradients, TokenSums)."""
+    has_dropout = any(getattr(node, "lora_dropout", 0) for _, node in nnx.iter_graph(policy.graphdef))
+
+    def gradients(trainable: nnx.State, frozen: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, TokenSums]:
+        def loss(trainable: nnx.State) -> tuple[Array, TokenSums]:
+            model = nnx.merge(policy.graphdef, trainable, frozen, copy=True)
+            return next_token_loss(model, batch, key if has_dropout else None)
+
+        (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
+        return gradients, sums
+
+    return accumulate(gradients)
+
+
+def _metrics(sums: TokenSums, norm: Array, seconds: float) -> dict[str, float]:
+    tokens = float(sums.tokens)
+    return {
+        "loss": float(sums.nll) / tokens,
+        "token_accuracy": float(sums.correct) / tokens,
+        "grad_norm": float(norm),
+        "target_tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+    }

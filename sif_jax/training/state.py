@@ -1,0 +1,50 @@
+"""What a run carries from step to step, and the optimizer step that both SFT and GRPO end with (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+
+class TrainState(NamedTuple):
+    step: Int[Array, ""]
+    trainable: Any
+    moments: optax.OptState
+
+
+def initial_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.int32(0), trainable, jax.jit(optimizer.init)(trainable))
+
+
+def make_apply(
+    optimizer: optax.GradientTransformation,
+) -> Callable[[TrainState, Any, Float[Array, ""]], tuple[TrainState, Float[Array, ""]]]:
+    """A jitted function: (state, summed gradients, what to divide them by) → (next state, gradient norm)."""
+
+    def apply(state: TrainState, gradients: Any, count: Float[Array, ""]) -> tuple[TrainState, Float[Array, ""]]:
+        gradients = jax.tree.map(lambda g: g / jnp.maximum(count, 1), gradients)
+        updates, moments = optimizer.update(gradients, state.moments, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        return TrainState(state.step + 1, trainable, moments), optax.global_norm(gradients)
+
+    return jax.jit(apply, donate_argnums=(0, 1))
+
+
+def accumulate(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """Of a function that returns (gradients, sums): one jitted function that adds them to earlier ones (None at first)."""
+
+    def added(earlier: Any, *args: Any) -> tuple[Any, Any]:
+        now = function(*args)
+        return now if earlier is None else jax.tree.map(jnp.add, earlier, now)
+
+    return jax.jit(added, donate_argnums=0)
+
+
+def num_steps(examples: int, per_step: int) -> int:
+    """Whole steps in so many examples, at least one; what is left over opens the next epoch."""
+    return max(examples // per_step, 1)

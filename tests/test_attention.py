@@ -1,0 +1,75 @@
+"""Attention over a shared prefix equals attention over the concatenated sequence; windows undo themselves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sif_jax.ops.attention import attention, packed_causal_mask, prefix_attention
+from sif_jax.ops.loss import chunked_logprobs
+from sif_jax.ops.windows import permute
+
+
+def normal(rng, *shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_attention_equals_its_definition_head_by_head(group):
+    rng = np.random.default_rng(0)
+    q, k, v = normal(rng, 2, 5, 2 * group, 4), normal(rng, 2, 5, 2, 4), normal(rng, 2, 5, 2, 4)
+    mask = packed_causal_mask(jnp.array([[1, 1, 2, 2, 2], [1, 1, 1, 0, 0]]))
+    out = attention(q, k, v, mask)
+    for b, t, n in np.ndindex(2, 5, 2 * group):
+        logits = np.asarray(k[b, :, n // group] @ q[b, t, n] / 2)
+        weights = np.exp(logits) * np.asarray(mask[b, t])
+        np.testing.assert_allclose(out[b, t, n], weights / weights.sum() @ np.asarray(v[b, :, n // group]), atol=1e-5)
+
+
+def test_a_shared_prefix_gives_what_the_concatenated_sequence_gives():
+    rng = np.random.default_rng(1)
+    prompts, samples, prefix_length, length = 2, 3, 6, 4
+    prefix_k, prefix_v = normal(rng, prompts, prefix_length, 2, 8), normal(rng, prompts, prefix_length, 2, 8)
+    q, k, v = (normal(rng, prompts, samples, length, heads, 8) for heads in (4, 2, 2))
+    visible = jnp.arange(prefix_length)[None] < jnp.array([[6], [3]])
+    causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
+    out = prefix_attention(q, prefix_k, prefix_v, visible, k, v, causal)
+    for p, m in np.ndindex(prompts, samples):
+        keys = jnp.concatenate([prefix_k[p], k[p, m]])[None]
+        values = jnp.concatenate([prefix_v[p], v[p, m]])[None]
+        mask = jnp.concatenate([jnp.broadcast_to(visible[p], (length, prefix_length)), causal[0, 0]], axis=1)[None]
+        np.testing.assert_allclose(out[p, m], attention(q[p, m][None], keys, values, mask)[0], atol=1e-6)
+
+
+def test_a_row_that_sees_nothing_is_finite():
+    zero = jnp.zeros((1, 2, 1, 4))
+    assert np.isfinite(attention(zero, zero, zero, jnp.zeros((1, 2, 2), bool))).all()
+
+
+def test_permute_and_its_gradient_are_gathers_that_skip_padding():
+    source = jnp.array([[2, -1, 0]])
+    target = jnp.array([[2, -1, 0, -1]])
+    x = jnp.arange(8.0).reshape(1, 4, 2)
+    np.testing.assert_array_equal(permute(x, source, target)[0], [[4, 5], [0, 0], [0, 1]])
+    gradient = jax.grad(lambda x: jnp.sum(permute(x, source, target) * jnp.array([[[1.0], [9.0], [3.0]]])))(x)
+    np.testing.assert_array_equal(gradient[0], [[3, 3], [0, 0], [1, 1], [0, 0]])
+
+
+@pytest.mark.parametrize("chunk", [3, 4, 100])
+def test_chunked_logprobs_equal_the_whole_softmax_and_so_does_the_gradient(chunk):
+    rng = np.random.default_rng(2)
+    hidden, head, targets = normal(rng, 10, 6), normal(rng, 6, 17), jnp.asarray(rng.integers(0, 17, 10))
+
+    def whole(hidden):
+        return jax.nn.log_softmax(hidden @ head / 0.7)[jnp.arange(10), targets]
+
+    def ours(hidden):
+        return chunked_logprobs(hidden, head, targets, temperature=0.7, chunk=chunk)[0]
+
+    np.testing.assert_allclose(ours(hidden), whole(hidden), atol=1e-5)
+    np.testing.assert_allclose(
+        jax.grad(lambda h: jnp.sum(ours(h) ** 2))(hidden), jax.grad(lambda h: jnp.sum(whole(h) ** 2))(hidden), atol=1e-4
+    )
+    entropy = chunked_logprobs(hidden, head, targets, chunk=chunk)[1]
+    probs = jax.nn.softmax(hidden @ head)
+    np.testing.assert_allclose(entropy, -jnp.sum(probs * jnp.log(probs), axis=-1), atol=1e-5)
