@@ -115,9 +115,9 @@ def demo(config: DemoConfig) -> None:
     \b
     Example: sif-jax demo
     """
-    from sif_jax import demo
+    from sif_jax.demo import run
 
-    click.echo(demo.run(config))
+    click.echo(run(config))
 
 
 @_command(main, "sft", SftConfig)
@@ -134,9 +134,9 @@ def sft(config: SftConfig, dry_run: bool) -> None:
         rows = _report_inputs(config.run, config.model.path, config.data)
         _report_steps(rows, config.epochs, config.batch_size * config.accumulation, config.max_steps)
         return
-    from sif_jax.training import sft
+    from sif_jax.training.sft import train
 
-    click.echo(sft.train(config))
+    click.echo(train(config))
 
 
 @_command(main, "grpo", GrpoConfig)
@@ -153,9 +153,9 @@ def grpo(config: GrpoConfig, dry_run: bool) -> None:
         rows = _report_inputs(config.run, config.model.path, config.data)
         _report_steps(rows, config.epochs, config.prompts_per_step, config.max_steps)
         return
-    from sif_jax.training import grpo
+    from sif_jax.training.grpo import train
 
-    click.echo(grpo.train(config))
+    click.echo(train(config))
 
 
 @_command(main, "eval", EvalConfig)
@@ -181,14 +181,14 @@ def generate(config: GenerateConfig) -> None:
     \b
     Example: sif-jax generate model.path=runs/paper-grpo image=street.jpg depth=street-depth.png question='Which car is nearer?'
     """
-    from sif_jax import api
+    from sif_jax.api import load
     from sif_jax.models.qwen2_5_vl.chat import messages_with_images
     from sif_jax.sif.prompts import user_text
 
     prompt, sampling = config.prompt, config.sampling
     text = user_text(config.question, prompt.depth_input, prompt.with_depth_words)
     images = [config.image, config.depth] if prompt.depth_input else [config.image]
-    vlm = api.load(
+    vlm = load(
         config.model.path,
         dtype=config.model.dtype,
         min_pixels=config.model.min_pixels,
@@ -206,7 +206,7 @@ def build(config: ScenesBuildConfig) -> None:
     \b
     Example: sif-jax data build out=data/scenes splits='{train: 400, test: 50}' seed=0 workers=4
     """
-    from sif_jax.data.scenes import build
+    from sif_jax.data.scenes.build import build_scenes
     from sif_jax.data.scenes.config import FAMILIES, ScenesConfig
 
     scenes = ScenesConfig(
@@ -214,8 +214,8 @@ def build(config: ScenesBuildConfig) -> None:
         questions_per_scene=config.questions_per_scene,
         distractor_rate=config.distractor_rate,
     )
-    build.build_scenes(Path(config.out), scenes, config.splits, config.seed, config.workers)
-    click.echo(config.out)
+    for path in build_scenes(config.out, scenes, config.splits, config.seed, config.workers).values():
+        click.echo(path)
 
 
 @data.command()

@@ -20,6 +20,7 @@ from sif_jax.config.kinds import (
     SftConfig,
     TinyModelConfig,
     TinyVisionConfig,
+    TrainConfig,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "SftConfig",
     "TinyModelConfig",
     "TinyVisionConfig",
+    "TrainConfig",
     "config_text",
     "describe",
     "dump_config",

@@ -174,7 +174,9 @@ class RunConfig(RunName):
     wandb: bool = Field(default=False, description="also log to Weights & Biases (pip install wandb)")
 
 
-class _TrainConfig(Config):
+class TrainConfig(Config):
+    """What SFT and GRPO share."""
+
     run: RunConfig
     model: ModelConfig
     lora: LoraConfig | None = Field(default=None, description="null: full fine-tune")
@@ -184,7 +186,7 @@ class _TrainConfig(Config):
     optimizer: OptimizerConfig
 
     @model_validator(mode="after")
-    def _vision_is_frozen_or_adapted(self) -> _TrainConfig:
+    def _vision_is_frozen_or_adapted(self) -> TrainConfig:
         if self.lora and self.lora.targets == "language" and not self.freeze_vision:
             raise InputError(
                 "lora.targets=language adapts nothing in the vision tower",
@@ -195,12 +197,12 @@ class _TrainConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _images_fit(self) -> _TrainConfig:
+    def _images_fit(self) -> TrainConfig:
         _check_images_fit(self.model, self.prompt, self.data.buckets)
         return self
 
 
-class SftConfig(_TrainConfig):
+class SftConfig(TrainConfig):
     target: Literal["cot", "answer"] = Field(
         default="cot", description="train on the chain of thought, or the bare answer"
     )
@@ -213,7 +215,7 @@ class SftConfig(_TrainConfig):
     packing: bool = Field(default=False, description="put several examples in one row")
 
 
-class GrpoConfig(_TrainConfig):
+class GrpoConfig(TrainConfig):
     prompts_per_step: PositiveInt = Field(default=2, description="prompts per rollout, over the whole job")
     micro_batch: PositiveInt = Field(default=1, description="prompts per forward pass; divides prompts_per_step")
     num_samples: int = Field(default=8, ge=2, description="completions per prompt (the group's size N)")

@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard, Weights & Biases, progress with an ETA (io)."""
+"""What a run measures, step by step: metrics.jsonl, TensorBoard, Weights & Biases (io)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import importlib
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
 from sif_jax.errors import InputError
 
@@ -30,11 +28,11 @@ class MetricsLog:
     ) -> None:
         run_dir = Path(run_dir)
         path = run_dir / "metrics.jsonl"
+        self._wandb = _start_wandb(run_dir) if wandb else None
         run_dir.mkdir(parents=True, exist_ok=True)
         _drop_from(path, start_step)
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step) if tensorboard else None
-        self._wandb = _start_wandb(run_dir) if wandb else None
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         values = {name: float(value) for name, value in metrics.items()}
@@ -88,42 +86,3 @@ def _start_wandb(run_dir: Path) -> Any:
     except ModuleNotFoundError:
         raise InputError("wandb is not installed", value="run.wandb=true", fix="pip install wandb") from None
     return wandb.init(project="sif_jax", name=run_dir.name, id=run_dir.name, dir=str(run_dir), resume="allow")
-
-
-class Progress:
-    """A bar on a terminal; elsewhere (a log file, CI) a line now and then."""
-
-    def __init__(
-        self,
-        description: str,
-        total: int,
-        *,
-        start: int = 0,
-        stream: TextIO | None = None,
-        line_every_s: float = 30.0,
-    ) -> None:
-        self._stream = stream or sys.stderr
-        is_terminal = self._stream.isatty()
-        self._bar = tqdm(total=total, initial=start, desc=description, file=self._stream) if is_terminal else None
-        self._description, self._total, self._start, self._done = description, total, start, start
-        self._line_every_s = line_every_s
-        self._began = self._last_line = time.monotonic()
-
-    def advance(self, steps: int = 1, **shown: float) -> None:
-        self._done += steps
-        text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        if self._bar:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(steps)
-            return
-        now = time.monotonic()
-        if now - self._last_line >= self._line_every_s or self._done >= self._total:
-            self._last_line = now
-            remaining = (now - self._began) / (self._done - self._start) * (self._total - self._done)
-            eta = tqdm.format_interval(remaining)
-            line = f"{self._description}: {self._done}/{self._total}  ETA {eta}  {text}"
-            print(line.rstrip(), file=self._stream, flush=True)
-
-    def close(self) -> None:
-        if self._bar:
-            self._bar.close()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from pydantic import BaseModel
-
-from sif_jax.config import RunConfig, dump_config, flat_config, load_config
+from sif_jax.config import TrainConfig, dump_config, flat_config, load_config
 from sif_jax.errors import InputError
 
 # What a resumed run may change without becoming another run.
@@ -24,18 +22,12 @@ FREE_KEYS = {
 }
 
 
-class TrainConfig(Protocol):
-    @property
-    def run(self) -> RunConfig: ...
-
-
 def open_run(config: TrainConfig) -> Path:
     """Create the run's directory and its config.yaml, or check that it may be resumed.
 
     Raises:
       InputError: `run.resume` forbids it, the config differs from the run's, or the directory cannot be written.
     """
-    assert isinstance(config, BaseModel)
     directory, resume = config.run.directory, config.run.resume
     file = directory / "config.yaml"
     if resume == "must" and not file.exists():
@@ -54,7 +46,7 @@ def open_run(config: TrainConfig) -> Path:
     return directory
 
 
-def _check_same_config(config: BaseModel, file: Path) -> None:
+def _check_same_config(config: TrainConfig, file: Path) -> None:
     old, new = flat_config(load_config(type(config), file)), flat_config(config)
     for key in sorted((old.keys() | new.keys()) - FREE_KEYS):
         before, now = (_shown(values[key]) if key in values else "absent" for values in (old, new))
