@@ -14,6 +14,7 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
+from jaxtyping import Float64
 
 from sif_jax.data.scenes.solids import KINDS, PLURALS
 from sif_jax.data.scenes.view import View
@@ -43,7 +44,7 @@ def ask(view: View, family: str, rng: np.random.Generator) -> Question | None:
     return _ASK[family](view, rng)
 
 
-def box_text(box_norm: Sequence[float]) -> str:
+def box_text(box_norm: Float64[np.ndarray, " 4"]) -> str:
     return "[" + ",".join(f"{value:.3f}" for value in box_norm) + "]"
 
 
