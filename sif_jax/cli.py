@@ -256,5 +256,5 @@ def _report_inputs(run: RunName, model_path: str, data: DataConfig) -> int:
 
 
 def _report_steps(rows: int, epochs: int, rows_per_step: int, max_steps: int | None) -> None:
-    steps = -(-rows * epochs // rows_per_step)
-    click.echo(f"steps  {min(steps, max_steps or steps)} of {rows_per_step} records")
+    steps = max_steps or -(-rows * epochs // rows_per_step)
+    click.echo(f"steps  {steps} of {rows_per_step} records")

@@ -208,7 +208,7 @@ class SftConfig(TrainConfig):
     )
     epochs: PositiveInt = Field(default=3, description="passes over the data")
     max_steps: PositiveInt | None = Field(
-        default=None, description="stop after so many optimizer steps; null: after epochs"
+        default=None, description="optimizer steps, whatever epochs says; null: from epochs"
     )
     batch_size: PositiveInt = Field(default=16, description="rows per micro-step, over the whole job")
     accumulation: PositiveInt = Field(default=1, description="micro-steps per optimizer step")
@@ -226,7 +226,7 @@ class GrpoConfig(TrainConfig):
     )
     top_k: NonNegativeInt = Field(default=0, description="sample from the k likeliest tokens; 0: off")
     epochs: PositiveInt = Field(default=20, description="visits to every prompt")
-    max_steps: PositiveInt | None = Field(default=None, description="stop after so many rollouts; null: after epochs")
+    max_steps: PositiveInt | None = Field(default=None, description="rollouts, whatever epochs says; null: from epochs")
     updates_per_rollout: PositiveInt = Field(default=1, description="optimizer steps on one rollout")
     clip_eps: PositiveFloat = Field(default=0.2, description="the probability ratio is clipped to 1 +- clip_eps")
     kl_beta: NonNegativeFloat = Field(default=0.04, description="weight of the KL to the reference policy")
