@@ -256,5 +256,5 @@ def _report_inputs(run: RunName, model_path: str, data: DataConfig) -> int:
 
 
 def _report_steps(rows: int, epochs: int, rows_per_step: int, max_steps: int | None) -> None:
-    steps = max_steps or -(-rows * epochs // rows_per_step)
+    steps = max_steps or max(rows * epochs // rows_per_step, 1)
     click.echo(f"steps  {steps} of {rows_per_step} records")

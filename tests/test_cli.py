@@ -211,8 +211,8 @@ def test_a_dry_run_reads_the_data_and_counts_the_steps(records, implementation):
     assert f"run    {Path('runs/x')} (new)" in result.output
     assert "(found)" in result.output
     assert "2 records, 0 rows skipped" in result.output
-    assert "steps  4 of 6 records" in result.output  # 20 rows
-    assert "steps  3 of" in invoke("grpo", *given[:-1], "prompts_per_step=6", "max_steps=3", "--dry-run").output
+    assert "steps  3 of 6 records" in result.output  # 20 rows
+    assert "steps  2 of" in invoke("grpo", *given[:-1], "prompts_per_step=6", "max_steps=2", "--dry-run").output
     assert "steps" not in invoke("eval", *SFT[:2], f"data.path={records}", "--dry-run").output
 
 
