@@ -82,7 +82,9 @@ class Loader(Iterator[Batch]):
             if self._on_error == "raise":
                 raise error
             self.skipped[index] = str(error)
-        raise InputError(f"all of {self._num_records} records in a row failed", value=next(iter(self.skipped.values())))
+        raise InputError(
+            f"all of {self._num_records} records in a row failed, the first so: {next(iter(self.skipped.values()))}"
+        )
 
     def _try_encode(self, index: int) -> Example | tuple[int, InputError]:
         """An error travels in its place of the stream, so that skipping does not depend on the threads."""
