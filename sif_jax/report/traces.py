@@ -14,12 +14,12 @@ from sif_jax.report.images import Picture, read_picture
 from sif_jax.report.markup import Markup, element, join
 from sif_jax.report.samples import Sample
 from sif_jax.report.stages import decimals, stage_label
+from sif_jax.rewards.depth import depth_hits
 from sif_jax.sif.boxes import Box
 from sif_jax.sif.depth_codec import box_mean_depth, read_depth
 from sif_jax.sif.grammar import BoxDepth, Step, Trace, parse
 
 MAX_STEPS, MAX_BOXES, MAX_CHARACTERS = 8, 8, 6000  # a looping model must not fill the page
-DEPTH_TOLERANCE = 0.1  # r_depth of the paper
 
 TERMS = {"format": "r_format", "answer": "r_ans", "bbox": "r_bbox", "depth": "r_depth", "total": "total"}
 
@@ -139,9 +139,9 @@ def _depth_line(number: int | None, box: BoxDepth, depth_norm: Float[np.ndarray,
     name = "" if number is None else f"box {number}: "
     claimed = f"{name}depth {'unreadable' if isnan(box.depth) else f'{box.depth:.3f}'}"
     true = None if depth_norm is None else box_mean_depth(depth_norm, box.box_norm)
-    if true is None:
+    if depth_norm is None or true is None:
         return element("p", claimed)
-    agrees = abs(box.depth - true) <= DEPTH_TOLERANCE * true
+    (agrees,) = depth_hits([box], depth_norm)
     mark = element("b", "✓" if agrees else "✗")
     return element("p", f"{claimed}, true {true:.3f} ", mark, class_="agrees" if agrees else "off")
 
