@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sif_jax.rewards
 from sif_jax.errors import InputError
 from sif_jax.rewards import hiou, score
 from sif_jax.rewards.scoring import MAX_BOXES
@@ -195,6 +196,15 @@ def test_records_that_cannot_be_rewarded_are_refused():
         score([completion], [record(LEFT)], judge_scores=[1.0, 1.0])
 
 
-def test_importing_the_rewards_does_not_import_jax():
-    code = "import sys, sif_jax.rewards as r; r.hiou([[0, 0, 1, 1]], []); assert 'jax' not in sys.modules"
+def test_the_host_modules_and_hiou_do_not_import_jax():
+    code = (
+        "import sys, sif_jax.rewards as rewards, sif_jax.judge.rule, sif_jax.sif.expansion, sif_jax.sif.depth_codec\n"
+        "rewards.hiou([[0, 0, 1, 1]], [])\n"
+        "assert 'jax' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_unknown_name_of_the_rewards_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'hiuo'"):
+        sif_jax.rewards.hiuo  # noqa: B018
