@@ -88,8 +88,9 @@ class ImageProcessor:
         blocks = rgb.reshape(rows, merge, size, columns, merge, size, 3).transpose(6, 0, 3, 1, 4, 2, 5)
         num_patches = rows * columns * merge**2
         patches = np.empty((num_patches, 3, self.temporal_patch_size, size**2), np.float32)
-        for channel, table in enumerate(self._normalised):
-            patches[:, channel] = table[blocks[channel].reshape(num_patches, 1, size**2)]
+        for channel, (table, values) in enumerate(zip(self._normalised, blocks.reshape(3, num_patches, size**2))):
+            # "clip" is take's fast mode; an index of uint8 into 256 values is never clipped.
+            patches[:, channel] = table.take(values, mode="clip")[:, None]
         return patches.reshape(num_patches, -1)
 
     @cached_property
@@ -128,7 +129,8 @@ def load_image(path: str | Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            ImageOps.exif_transpose(image, in_place=True)
+            return image.convert("RGB")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise InputError("no such image", file=path, fix="check image_root and the row's path") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -143,7 +145,7 @@ def _to_rgb(image: Image.Image | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _array_to_rgb(image: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
