@@ -127,15 +127,7 @@ class VLM:
             tokens=(_round_up(len(inputs.tokens), TOKEN_STEP),),
             patches=(_round_up(example.num_patches, PATCH_STEP) or PATCH_STEP,),
         )
-        vision = self.config.vision
-        collate = Collator(
-            buckets,
-            1,
-            self.processor.pad_id,
-            self.processor.ids.image_pad,
-            vision.spatial_merge_size,
-            vision.window_size // vision.patch_size,
-        )
+        collate = Collator.for_model(self.processor, self.config.vision, buckets, 1)
         return collate([[example]]).arrays
 
 

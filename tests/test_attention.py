@@ -17,33 +17,34 @@ def normal(rng, *shape):
 @pytest.mark.parametrize("group", [1, 3])
 def test_attention_equals_its_definition_head_by_head(group):
     rng = np.random.default_rng(0)
-    q, k, v = normal(rng, 2, 5, 2 * group, 4), normal(rng, 2, 5, 2, 4), normal(rng, 2, 5, 2, 4)
+    q, k, v = normal(rng, 2, 5, 2 * group, 4), normal(rng, 2, 2, 5, 4), normal(rng, 2, 2, 5, 4)
     mask = packed_causal_mask(jnp.array([[1, 1, 2, 2, 2], [1, 1, 1, 0, 0]]))
     out = attention(q, k, v, mask)
     for b, t, n in np.ndindex(2, 5, 2 * group):
-        logits = np.asarray(k[b, :, n // group] @ q[b, t, n] / 2)
+        logits = np.asarray(k[b, n // group] @ q[b, t, n] / 2)
         weights = np.exp(logits) * np.asarray(mask[b, t])
-        np.testing.assert_allclose(out[b, t, n], weights / weights.sum() @ np.asarray(v[b, :, n // group]), atol=1e-5)
+        np.testing.assert_allclose(out[b, t, n], weights / weights.sum() @ np.asarray(v[b, n // group]), atol=1e-5)
 
 
 def test_a_shared_prefix_gives_what_the_concatenated_sequence_gives():
     rng = np.random.default_rng(1)
     prompts, samples, prefix_length, length = 2, 3, 6, 4
-    prefix_k, prefix_v = normal(rng, prompts, prefix_length, 2, 8), normal(rng, prompts, prefix_length, 2, 8)
-    q, k, v = (normal(rng, prompts, samples, length, heads, 8) for heads in (4, 2, 2))
+    prefix_k, prefix_v = normal(rng, prompts, 2, prefix_length, 8), normal(rng, prompts, 2, prefix_length, 8)
+    q = normal(rng, prompts, samples, length, 4, 8)
+    k, v = (normal(rng, prompts, samples, 2, length, 8) for _ in range(2))
     visible = jnp.arange(prefix_length)[None] < jnp.array([[6], [3]])
-    causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
+    causal = jnp.tril(jnp.ones((length, length), bool))
     out = prefix_attention(q, prefix_k, prefix_v, visible, k, v, causal)
     for p, m in np.ndindex(prompts, samples):
-        keys = jnp.concatenate([prefix_k[p], k[p, m]])[None]
-        values = jnp.concatenate([prefix_v[p], v[p, m]])[None]
-        mask = jnp.concatenate([jnp.broadcast_to(visible[p], (length, prefix_length)), causal[0, 0]], axis=1)[None]
+        keys = jnp.concatenate([prefix_k[p], k[p, m]], axis=1)[None]
+        values = jnp.concatenate([prefix_v[p], v[p, m]], axis=1)[None]
+        mask = jnp.concatenate([jnp.broadcast_to(visible[p], (length, prefix_length)), causal], axis=1)[None]
         np.testing.assert_allclose(out[p, m], attention(q[p, m][None], keys, values, mask)[0], atol=1e-6)
 
 
 def test_a_row_that_sees_nothing_is_finite():
-    zero = jnp.zeros((1, 2, 1, 4))
-    assert np.isfinite(attention(zero, zero, zero, jnp.zeros((1, 2, 2), bool))).all()
+    q, k = jnp.zeros((1, 2, 1, 4)), jnp.zeros((1, 1, 2, 4))
+    assert np.isfinite(attention(q, k, k, jnp.zeros((1, 2, 2), bool))).all()
 
 
 def test_permute_and_its_gradient_are_gathers_that_skip_padding():

@@ -347,7 +347,12 @@ class DemoScenesConfig(Config):
     sft: PositiveInt = Field(default=256, description="scenes to fine-tune on")
     grpo: PositiveInt = Field(default=16, description="scenes to reinforce on")
     test: PositiveInt = Field(default=32, description="scenes held out")
-    workers: PositiveInt = Field(default=1, description="processes that render")
+    questions_per_scene: PositiveInt = Field(default=4, description="questions about each scene, of different families")
+    sizes_px: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
+        default=((224, 168), (168, 224), (280, 168)), description="(width, height) of the pictures; 56 divides"
+    )
+    max_areas: PositiveInt = Field(default=3, description="areas of a chain of thought, the whole image included")
+    workers: PositiveInt = Field(default=2, description="processes that render")
 
 
 class DemoConfig(Config):

@@ -52,14 +52,7 @@ def open_feed(
     file = read_records(data.path, image_root=data.image_root, on_error=data.on_error)
     records = file.records[: data.limit]
     encoder = ExampleEncoder(records, file.image_root, chat, target, prompt.depth_input, prompt.with_depth_words)
-    collator = Collator(
-        data.buckets,
-        batch_size,
-        pad_id=chat.pad_id,
-        image_token_id=chat.ids.image_pad,
-        merge_size=vision.spatial_merge_size,
-        window_patches=vision.window_size // vision.patch_size,
-    )
+    collator = Collator.for_model(chat, vision, data.buckets, batch_size)
     loader = Loader(
         encoder,
         len(records),

@@ -14,6 +14,8 @@ from sif_jax.models.qwen2_5_vl.decoder import Cache, Prefix
 from sif_jax.models.qwen2_5_vl.model import Batch, Qwen2_5_VL
 from sif_jax.rollout.sampling import Sampling, choose
 
+FIRST_CACHE = 64  # tokens
+
 
 class Rollout(NamedTuple):
     """Completions of P prompts × M samples; the token that stops a sample is its last one."""
@@ -62,7 +64,7 @@ def generate(
     loop = _Loop(
         position=jnp.int32(0),
         logits=jnp.broadcast_to(logits[:, None], (prompts, samples, logits.shape[-1])),
-        cache=model.decoder.empty_cache(*shape, model.compute_dtype),
+        cache=model.decoder.empty_cache(prompts, samples, model.compute_dtype),
         rollout=Rollout(
             jnp.full(shape, pad_id, jnp.int32),
             jnp.zeros(shape, jnp.float32),
@@ -72,7 +74,7 @@ def generate(
     )
 
     def going(loop: _Loop) -> Bool[Array, ""]:
-        return (loop.position < sampling.max_new_tokens) & ~loop.rollout.finished.all()
+        return (loop.position < loop.cache.length) & ~loop.rollout.finished.all()
 
     def step(loop: _Loop) -> _Loop:
         tokens, logprobs = choose(loop.logits, keys, loop.position, sampling)
@@ -80,7 +82,17 @@ def generate(
         logits, cache = _next_logits(model, tokens, start + loop.position, prefix, loop.cache, loop.position)
         return _Loop(loop.position + 1, logits, cache, rollout)
 
-    return jax.lax.while_loop(going, step, loop).rollout
+    for length in _cache_lengths(sampling.max_new_tokens):
+        loop = jax.lax.while_loop(going, step, loop._replace(cache=loop.cache.grow(length)))
+    return loop.rollout
+
+
+def _cache_lengths(longest: int) -> list[int]:
+    """Doubling, so that early tokens do not read a cache that is mostly empty."""
+    lengths = [min(FIRST_CACHE, longest)]
+    while lengths[-1] < longest:
+        lengths.append(min(2 * lengths[-1], longest))
+    return lengths
 
 
 def _prefill(model: Qwen2_5_VL, batch: Batch, features: Array) -> tuple[Float[Array, "P V"], Prefix]:

@@ -1,4 +1,7 @@
-"""Choose the next token: greedy, temperature, top-k, top-p, forbidden ids; keys per (run, step, prompt, sample, position) (pure)."""
+"""Choose the next token: greedy, temperature, top-k, top-p, forbidden ids (pure).
+
+Random keys come from (run seed, step, prompt, sample, position), so a sample is the same whatever shares its batch.
+"""
 
 from __future__ import annotations
 

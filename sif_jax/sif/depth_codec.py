@@ -90,8 +90,9 @@ def decode_depth(image: Integer[np.ndarray, "h w *channel"]) -> Float[np.ndarray
     rgb = image[..., :3].astype(np.int32)
     if (rgb.max(axis=-1) - rgb.min(axis=-1)).max() <= _GREY_TOLERANCE:
         return (1 - rgb.mean(axis=-1) / 255).astype(np.float32)
-    colours, inverse, counts = np.unique(rgb.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True)
-    distances, indices = map(np.asarray, _NEAREST.query(colours))
+    packed = (rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]).ravel()
+    colours, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
+    distances, indices = map(np.asarray, _NEAREST.query(np.stack([colours >> 16, colours >> 8 & 255, colours & 255], -1)))
     mean_distance = float(distances @ counts / counts.sum())
     if mean_distance > _MAX_COLOUR_DISTANCE:
         raise InputError(

@@ -21,11 +21,12 @@ from sif_jax.config import GrpoConfig
 from sif_jax.data.feed import open_feed
 from sif_jax.models.qwen2_5_vl.model import Batch
 from sif_jax.parallel.mesh import data_mesh, replicate, shard_rows
+from sif_jax.progress import Progress
 from sif_jax.rollout.engine import Rollout, encode_images, generate
 from sif_jax.rollout.sampling import Sampling, sample_keys
 from sif_jax.training.checkpoint import Checkpoints
 from sif_jax.training.feedback import Feedback, judge_rollout
-from sif_jax.training.metrics import MetricsLog, Progress
+from sif_jax.training.metrics import MetricsLog
 from sif_jax.training.objective import PolicyLoss, grpo_loss
 from sif_jax.training.optimizer import learning_rate, make_optimizer
 from sif_jax.training.policy import completion_logprobs

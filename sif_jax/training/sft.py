@@ -18,8 +18,9 @@ from sif_jax.config import SftConfig
 from sif_jax.data.feed import open_feed
 from sif_jax.models.qwen2_5_vl.model import Batch
 from sif_jax.parallel.mesh import data_mesh, replicate, shard_rows
+from sif_jax.progress import Progress
 from sif_jax.training.checkpoint import Checkpoints
-from sif_jax.training.metrics import MetricsLog, Progress
+from sif_jax.training.metrics import MetricsLog
 from sif_jax.training.optimizer import learning_rate, make_optimizer
 from sif_jax.training.policy import TokenSums, next_token_loss
 from sif_jax.training.policy_files import Policy, check_finite, export_policy, open_policy
@@ -58,12 +59,12 @@ def train(config: SftConfig) -> Path:
         for micro in range(config.accumulation):
             batch = shard_rows(next(feed.loader).arrays, mesh)
             gathered = add_gradients(
-                gathered, state.trainable, frozen, batch, jax.random.fold_in(key, step * 2**8 + micro)
+                gathered, state.trainable, frozen, batch, jax.random.fold_in(key, step * config.accumulation + micro)
             )
         gradients, sums = gathered
         state, norm = apply(state, gradients, sums.tokens)
         if (step + 1) % config.run.log_every == 0:
-            metrics = _metrics(sums, norm, time.monotonic() - began) | {"learning_rate": rate(step)}
+            metrics = _metrics(jax.block_until_ready(sums), norm, time.monotonic() - began) | {"learning_rate": rate(step)}
             check_finite(metrics["loss"], step=step, file=directory)
             log.log(step, metrics)
             progress.advance(config.run.log_every, loss=metrics["loss"])

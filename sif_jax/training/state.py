@@ -32,7 +32,7 @@ def make_apply(
         trainable = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, moments), optax.global_norm(gradients)
 
-    return jax.jit(apply, donate_argnums=(0, 1))
+    return jax.jit(apply, donate_argnums=0)
 
 
 def accumulate(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:

@@ -20,24 +20,33 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from sif_jax.models.qwen2_5_vl.config import TextConfig
 from sif_jax.models.qwen2_5_vl.layers import Key, Linear, RMSNorm, SwiGLU, layer_keys, stack
-from sif_jax.ops.attention import attention, packed_causal_mask, prefix_attention
-from sif_jax.ops.remat import REMAT_POLICIES, Remat
+from sif_jax.ops.attention import attention, head_major, packed_causal_mask, prefix_attention
 from sif_jax.ops.rotary import Rope, mrope, rotate
+from sif_jax.ops.scan import Remat, scan_layers
 
 
 class Prefix(NamedTuple):
     """Keys and values of the prompts, held once per prompt."""
 
-    k: Shaped[Array, "layer P S K H"]
-    v: Shaped[Array, "layer P S K H"]
+    k: Shaped[Array, "layer P K S H"]
+    v: Shaped[Array, "layer P K S H"]
     mask: Bool[Array, "P S"]
 
 
 class Cache(NamedTuple):
     """Keys and values of each sample's own tokens."""
 
-    k: Shaped[Array, "layer P M U K H"]
-    v: Shaped[Array, "layer P M U K H"]
+    k: Shaped[Array, "layer P M K U H"]
+    v: Shaped[Array, "layer P M K U H"]
+
+    @property
+    def length(self) -> int:
+        return self.k.shape[4]
+
+    def grow(self, length: int) -> Cache:
+        """The same cache with room for `length` tokens."""
+        room = [(0, 0)] * 4 + [(0, length - self.length), (0, 0)]
+        return Cache(jnp.pad(self.k, room), jnp.pad(self.v, room))
 
 
 class DecoderLayer(nnx.Module):
@@ -58,11 +67,12 @@ class DecoderLayer(nnx.Module):
         self.head_dim = head
 
     def qkv(self, hidden: Shaped[Array, "*batch D"], rope: Rope, key: Key = None) -> tuple[Array, Array, Array]:
+        """Queries [..., T, N, H]; keys and values head-major, [..., K, T, H]."""
         x = self.input_layernorm(hidden)
         q, k, v = (
             proj(x, key).reshape(*x.shape[:-1], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return rotate(q, rope), rotate(k, rope), v
+        return rotate(q, rope), head_major(rotate(k, rope)), head_major(v)
 
     def finish(
         self, hidden: Shaped[Array, "*batch D"], context: Shaped[Array, "*batch N H"], key: Key = None
@@ -99,7 +109,7 @@ class Decoder(nnx.Module):
             return block.finish(hidden, attention(q, k, v, mask), key), None
 
         keys = layer_keys(key, self.config.num_hidden_layers)
-        hidden, _ = jax.lax.scan(REMAT_POLICIES[remat](body), hidden, (layers, keys))
+        hidden, _ = scan_layers(body, hidden, (layers, keys), remat=remat)
         return self.norm(hidden)
 
     def prefill(
@@ -113,7 +123,7 @@ class Decoder(nnx.Module):
             q, k, v = block.qkv(hidden, rope)
             return block.finish(hidden, attention(q, k, v, mask)), (k, v)
 
-        hidden, (k, v) = jax.lax.scan(body, hidden, layers)
+        hidden, (k, v) = scan_layers(body, hidden, layers)
         return self.norm(hidden), Prefix(k, v, segments > 0)
 
     def group_forward(
@@ -131,7 +141,7 @@ class Decoder(nnx.Module):
         prompt_rope, rope = self.rope(prompt_positions), self.rope(completion_positions)
         prompt_mask, visible = packed_causal_mask(prompt_segments), prompt_segments > 0
         length = completion.shape[2]
-        causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
+        causal = jnp.tril(jnp.ones((length, length), bool))
         graphdef, layers = nnx.split(self.layers)
 
         def body(hidden, layer):
@@ -144,7 +154,7 @@ class Decoder(nnx.Module):
             return (prompt, block.finish(completion, context, key)), None
 
         keys = layer_keys(key, self.config.num_hidden_layers)
-        (prompt, completion), _ = jax.lax.scan(REMAT_POLICIES[remat](body), (prompt, completion), (layers, keys))
+        (prompt, completion), _ = scan_layers(body, (prompt, completion), (layers, keys), remat=remat)
         return self.norm(prompt), self.norm(completion)
 
     def decode_step(
@@ -157,7 +167,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Shaped[Array, "P M D"], Cache]:
         """Write token number `index` of every sample into the cache and return its final hidden state."""
         rope = self.rope(positions[:, :, None])
-        mask = (jnp.arange(cache.k.shape[3]) <= index)[None, None, None]
+        mask = (jnp.arange(cache.length) <= index)[None]
         graphdef, layers = nnx.split(self.layers)
 
         def body(carry, layer):
@@ -165,7 +175,7 @@ class Decoder(nnx.Module):
             state, prefix_k, prefix_v, number = layer
             block = nnx.merge(graphdef, state)
             q, k, v = block.qkv(hidden, rope)
-            start = (number, 0, 0, index, 0, 0)
+            start = (number, 0, 0, 0, index, 0)
             cache_k = jax.lax.dynamic_update_slice(cache_k, k[None].astype(cache_k.dtype), start)
             cache_v = jax.lax.dynamic_update_slice(cache_v, v[None].astype(cache_v.dtype), start)
             own_k, own_v = (jax.lax.dynamic_index_in_dim(c, number, keepdims=False) for c in (cache_k, cache_v))
@@ -174,10 +184,10 @@ class Decoder(nnx.Module):
 
         numbers = jnp.arange(self.config.num_hidden_layers)
         carry = (hidden[:, :, None], cache.k, cache.v)
-        (hidden, k, v), _ = jax.lax.scan(body, carry, (layers, prefix.k, prefix.v, numbers))
+        (hidden, k, v), _ = scan_layers(body, carry, (layers, prefix.k, prefix.v, numbers))
         return self.norm(hidden)[:, :, 0], Cache(k, v)
 
-    def empty_cache(self, prompts: int, samples: int, length: int, dtype: DTypeLike) -> Cache:
+    def empty_cache(self, prompts: int, samples: int, dtype: DTypeLike) -> Cache:
         config = self.config
-        shape = (config.num_hidden_layers, prompts, samples, length, config.num_key_value_heads, config.head_dim)
+        shape = (config.num_hidden_layers, prompts, samples, config.num_key_value_heads, 0, config.head_dim)
         return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

@@ -17,7 +17,7 @@ from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from sif_jax.models.qwen2_5_vl.decoder import Decoder
 from sif_jax.models.qwen2_5_vl.layers import Key
 from sif_jax.models.qwen2_5_vl.vision import VisionTower
-from sif_jax.ops.remat import Remat
+from sif_jax.ops.scan import Remat
 
 Batch = Mapping[str, Array]
 

@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sif_jax.models.qwen2_5_vl.config import VisionConfig
 from sif_jax.models.qwen2_5_vl.layers import Key, Linear, RMSNorm, SwiGLU, layer_keys, stack
-from sif_jax.ops.attention import attention, segment_mask
-from sif_jax.ops.remat import REMAT_POLICIES, Remat
+from sif_jax.ops.attention import attention, head_major, segment_mask
 from sif_jax.ops.rotary import Rope, axial_rope, rotate
+from sif_jax.ops.scan import Remat, scan_layers
 from sif_jax.ops.windows import permute
 
 
@@ -46,12 +46,17 @@ class VisionBlock(nnx.Module):
         qkv = jnp.stack([rotate(q, rope), rotate(k, rope), v], axis=2)
         context = jax.lax.cond(
             whole,
-            lambda qkv: attention(*jnp.moveaxis(qkv, 2, 0), image_mask),
+            lambda qkv: full_attention(qkv, image_mask),
             lambda qkv: window_attention(qkv, windows, slots),
             qkv,
         )
         hidden = hidden + self.proj(context.reshape(hidden.shape), key)
         return hidden + self.mlp(self.norm2(hidden), key)
+
+
+def full_attention(qkv: Shaped[Array, "B V 3 N H"], mask: Bool[Array, "B V V"]) -> Shaped[Array, "B V N H"]:
+    q, k, v = jnp.moveaxis(qkv, 2, 0)
+    return attention(q, head_major(k), head_major(v), mask)
 
 
 def window_attention(
@@ -62,7 +67,7 @@ def window_attention(
     source = windows.reshape(batch, -1)
     q, k, v = jnp.moveaxis(permute(qkv, source, slots).reshape(batch * count, size, *qkv.shape[2:]), 2, 0)
     visible = jnp.broadcast_to((windows >= 0).reshape(-1, 1, size), (batch * count, size, size))
-    context = attention(q, k, v, visible)
+    context = attention(q, head_major(k), head_major(v), visible)
     return permute(context.reshape(batch, -1, *context.shape[2:]), slots, source)
 
 
@@ -116,5 +121,5 @@ class VisionTower(nnx.Module):
 
         hidden = self.patch_embed(patches.astype(dtype))
         layers = (blocks, jnp.asarray(whole), layer_keys(key, config.depth))
-        hidden, _ = jax.lax.scan(REMAT_POLICIES[remat](block), hidden, layers)
+        hidden, _ = scan_layers(block, hidden, layers, remat=remat)
         return self.merger(hidden, key)

@@ -24,7 +24,7 @@ from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from sif_jax.models.qwen2_5_vl.layers import LoRAParam
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
-from sif_jax.ops.remat import Remat
+from sif_jax.ops.scan import Remat
 
 SHARD_BYTES = 5 * 10**9
 STACKS = {("decoder", "layers"): "model.layers.{layer}", ("vision", "blocks"): "visual.blocks.{layer}"}

@@ -1,0 +1,25 @@
+"""Run a stack of layers, keeping for the backward pass what a named policy says (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+
+Remat = Literal["none", "dots", "full"]
+
+REMAT_POLICIES = {
+    "none": lambda body: body,
+    "dots": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "full": jax.checkpoint,
+}
+# A short stack is written out: nothing is copied in and out of stacked residuals, for a fifth less time on CPU. A long one
+# is a loop, so that compile time does not grow with depth.
+UNROLLED_LAYERS = 8
+
+
+def scan_layers(body: Callable[..., Any], carry: Any, layers: Any, *, remat: Remat = "none") -> tuple[Any, Any]:
+    """`jax.lax.scan` over the leading axis of `layers`."""
+    count = jax.tree.leaves(layers)[0].shape[0]
+    return jax.lax.scan(REMAT_POLICIES[remat](body), carry, layers, unroll=count if count <= UNROLLED_LAYERS else 1)

@@ -1,0 +1,124 @@
+"""Qwen2.5-VL against transformers on a tiny random float32 checkpoint.
+
+Logits agree within 1e-4 of the largest logit: both sides compute in float32, in another order of summation.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import sif_jax
+from sif_jax.config import BucketsConfig
+from sif_jax.data.batch import Collator
+from sif_jax.data.example import Example
+from sif_jax.models.qwen2_5_vl.weights import checkpoint_tensors, hub_name, load_model
+from sif_jax.training.policy import next_token_loss
+from tests.checkpoints import tiny_checkpoint, torch_model
+
+RNG = np.random.default_rng(0)
+# (width, height); 84 x 140 and 112 x 196 are not multiples of the 56-pixel window.
+IMAGES = [RNG.integers(0, 256, (height, width, 3), np.uint8) for width, height in [(84, 140), (196, 112), (56, 56)]]
+
+
+def user(*parts: object) -> list[dict]:
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
+    ]
+    return [{"role": "user", "content": content}]
+
+
+MESSAGES = {
+    "text": user("Where is the red cube?"),
+    "one image": user(IMAGES[0], "Where is it?"),
+    "two images": user("Original image: ", IMAGES[0], "\nDepth image: ", IMAGES[1], "\nIs it left?"),
+    "three images": user(IMAGES[2], IMAGES[1], "and", IMAGES[0]),
+}
+
+
+def torch_inputs(encoded) -> dict[str, torch.Tensor]:
+    """What transformers' processor would pass for one conversation."""
+    tokens = torch.tensor(encoded.tokens[None]).long()
+    image_id = torch_model(tiny_checkpoint()).config.image_token_id
+    inputs = {"input_ids": tokens, "mm_token_type_ids": (tokens == image_id).int()}
+    if encoded.images:
+        inputs["pixel_values"] = torch.tensor(np.concatenate([image.patches for image in encoded.images]))
+        inputs["image_grid_thw"] = torch.tensor([[1, *image.grid_hw] for image in encoded.images])
+    return inputs
+
+
+def torch_logits(encoded, *, tied: bool = False) -> np.ndarray:
+    with torch.no_grad():
+        return torch_model(tiny_checkpoint(tied=tied))(**torch_inputs(encoded)).logits[0].numpy()
+
+
+def assert_close(ours, theirs, relative=1e-4):
+    np.testing.assert_allclose(ours, theirs, atol=relative * np.abs(theirs).max(), rtol=0)
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_logits_equal_transformers(name):
+    vlm = sif_jax.load(tiny_checkpoint())
+    encoded = vlm.encode(MESSAGES[name])
+    assert_close(vlm.logits(encoded), torch_logits(encoded))
+
+
+def test_a_tied_head_equals_transformers():
+    vlm = sif_jax.load(tiny_checkpoint(tied=True))
+    encoded = vlm.encode(MESSAGES["one image"])
+    assert_close(vlm.logits(encoded), torch_logits(encoded, tied=True))
+
+
+def batch_of(vlm, names, *, packed=False) -> dict[str, np.ndarray]:
+    examples = []
+    for index, name in enumerate(names):
+        encoded = vlm.encode(MESSAGES[name])
+        mask = (np.arange(len(encoded.tokens)) > len(encoded.tokens) - 6).astype(np.float32)
+        examples.append(Example(*encoded[:2], mask, encoded.images, index))
+    rows = [examples] if packed else [[example] for example in examples]
+    buckets = BucketsConfig(tokens=(512,) if packed else (128,), patches=(512,) if packed else (256,))
+    return Collator.for_model(vlm.processor, vlm.config.vision, buckets, len(rows))(rows).arrays
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one per row", "packed in one row"])
+def test_a_mixed_batch_gives_each_example_the_logits_it_has_alone(packed):
+    vlm, names = sif_jax.load(tiny_checkpoint()), ["two images", "text", "three images", "one image"]
+    batch = batch_of(vlm, names, packed=packed)
+    model = nnx.merge(vlm.graphdef, vlm.state)
+    logits = np.asarray(jax.jit(lambda batch: model.logits(model.hidden(batch)))(batch))
+    for index, name in enumerate(names):
+        mine = batch["segments"][0] == index + 1 if packed else batch["segments"][index] == 1
+        assert_close(logits[0 if packed else index][mine], torch_logits(vlm.encode(MESSAGES[name])))
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+def test_loss_and_every_gradient_equal_torch_through_the_vision_tower(remat):
+    vlm = sif_jax.load(tiny_checkpoint())
+    batch = jax.tree.map(jnp.asarray, batch_of(vlm, ["two images", "text", "one image"]))
+    model = load_model(tiny_checkpoint(), remat=remat)
+    graphdef, state = nnx.split(model)
+    loss, gradients = jax.value_and_grad(lambda state: next_token_loss(nnx.merge(graphdef, state), batch, None)[0])(
+        state
+    )
+
+    reference = torch_model(tiny_checkpoint())
+    reference.zero_grad()
+    total = torch.zeros(())
+    for name in ["two images", "text", "one image"]:
+        inputs = torch_inputs(vlm.encode(MESSAGES[name]))
+        logprobs = torch.log_softmax(reference(**inputs).logits[0, :-1], dim=-1)
+        total = total - logprobs.gather(1, inputs["input_ids"][0, 1:, None])[-5:].sum()
+    total.backward()
+    np.testing.assert_allclose(loss, total.detach().numpy(), rtol=1e-5)
+
+    theirs = {hub_name(name): p.grad for name, p in reference.named_parameters()}
+    for path, tensor in checkpoint_tensors(vlm.config, state).items():
+        ours = np.asarray(dict(nnx.to_flat_state(gradients))[path][...])
+        for layer, name in enumerate(tensor.names):
+            gradient = tensor.to_theirs(ours[layer] if tensor.stacked else ours)
+            expected = theirs[name].numpy()
+            np.testing.assert_allclose(
+                gradient, expected, atol=1e-4 * max(np.abs(expected).max(), 1e-3), rtol=0, err_msg=name
+            )
