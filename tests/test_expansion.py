@@ -20,8 +20,8 @@ sizes = st.tuples(st.integers(16, 2000), st.integers(16, 2000))
 seeds = st.integers(0, 2**32)
 
 
-def chain(gold, size=(100, 100), seed=0):
-    return reverse_expansion(gold, size, np.random.default_rng(seed))
+def chain(gold, size=(100, 100), seed=0, share=0.5):
+    return reverse_expansion(gold, size, np.random.default_rng(seed), distractor_share=share)
 
 
 def without_distractor(gold, size=(100, 100)):
@@ -102,3 +102,18 @@ def test_half_of_the_rows_with_room_have_a_distractor_of_about_the_target_size()
     scales = [(box[2] - box[0]) / (target[2] - target[0]) for box in distractors]
     assert 0.83 < min(scales) < 0.9
     assert 1.4 < max(scales) < 1.57
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_share_of_none_or_all_leaves_nothing_to_chance(share):
+    gold = [(0.45, 0.45, 0.5, 0.5)]
+    assert {has_distractor(chain(gold, seed=seed, share=share), gold) for seed in range(100)} == {share == 1.0}
+
+
+def test_where_no_box_of_the_expanded_size_fits_the_distractor_is_of_about_the_gold_size():
+    gold = [(0.05, 0.0, 0.12, 0.9), (0.6, 0.0, 0.67, 0.9)]
+    # Grown by 0.88 / 5 they leave 0.154 of the width at the right and 0.128 between them.
+    for seed in range(20):
+        ((x1, _, x2, _),) = chain(gold, seed=seed, share=1.0)[1]
+        assert 0.07 * 1.2 * 0.7 - 0.001 <= x2 - x1 <= 0.07 * 1.2 * 1.3 + 0.001
+        assert x1 > 0.846 or (x1 > 0.295 and x2 < 0.425)

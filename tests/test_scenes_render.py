@@ -172,6 +172,18 @@ def test_solids_are_apart_whole_visible_and_named_once(seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
+def test_the_outlines_are_those_of_rays_through_every_pixel(seed):
+    drawn, geometry = sampled(seed)
+    camera = drawn.camera
+    v, u = (axis.ravel() + np.float32(0.5) for axis in np.indices(geometry.instances.shape, np.float32))
+    directions = camera.ray_directions(u, v)
+    hits = [np.less(*target.ray_interval(camera.origin, directions)).sum() for target in drawn.solids]
+    np.testing.assert_array_equal(geometry.outline_px, hits)
+    _, _, depth_m = camera.project(geometry.points.reshape(3, -1))
+    np.testing.assert_allclose(depth_m, geometry.depth_m.ravel(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(4))
 def test_a_box_bounds_exactly_the_visible_pixels(seed):
     drawn, geometry = sampled(seed)
     h, w = geometry.instances.shape

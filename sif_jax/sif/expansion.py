@@ -17,7 +17,6 @@ from sif_jax.sif.boxes import WHOLE_IMAGE, Box, Size, as_boxes, pairwise_iou
 Area = tuple[Box, ...]
 
 _WHOLE_AREA: Area = (WHOLE_IMAGE,)
-_DISTRACTOR_SHARE = 0.5
 _DISTRACTOR_EXPANSION = 1.2
 _DISTRACTOR_SCALES = (0.7, 1.3)
 _DISTRACTOR_MAX_IOU = 0.001
@@ -25,9 +24,13 @@ _DISTRACTOR_ATTEMPTS = 100
 
 
 def reverse_expansion(
-    gold_boxes: Sequence[Box], size: Size, rng: np.random.Generator, num_steps: int = 5
+    gold_boxes: Sequence[Box],
+    size: Size,
+    rng: np.random.Generator,
+    num_steps: int = 5,
+    distractor_share: float = 0.5,
 ) -> list[Area]:
-    """The areas in looking order: whole image, perhaps a distractor, merged box, first expansion, gold boxes.
+    """The areas in looking order: whole image, a distractor in this share of the rows, merged box, first expansion, gold.
 
     An area equal to the next is left out. All but the distractor contain the gold boxes; coordinates have at most three
     decimals, save those of the gold boxes.
@@ -39,8 +42,8 @@ def reverse_expansion(
         raise ValueError("reverse expansion needs at least one gold box")
     gold = tuple(gold_boxes)
     expansion = expand_once(gold, size, num_steps)
-    target = _hull(expansion)
-    areas = [_WHOLE_AREA, *_distractors(target, gold, rng), (target,), expansion, gold]
+    distractors = _distractors(expansion, gold, rng) if rng.random() < distractor_share else []
+    areas = [_WHOLE_AREA, *distractors, (_hull(expansion),), expansion, gold]
     return [area for area, inner in itertools.pairwise(areas) if area != inner] + [gold]
 
 
@@ -84,14 +87,13 @@ def _hull(boxes: Sequence[Box]) -> Box:
     return min(x1), min(y1), max(x2), max(y2)
 
 
-def _distractors(target: Box, gold: Area, rng: np.random.Generator) -> list[Area]:
-    """In half of the rows, a box of about the target's size off the target, if it has a place."""
-    if rng.random() >= _DISTRACTOR_SHARE:
-        return []
-    scale = _DISTRACTOR_EXPANSION * rng.uniform(*_DISTRACTOR_SCALES)
-    extent = np.minimum((np.array(target[2:]) - target[:2]) * scale, 1)
-    corners = rng.uniform(0, 1 - extent, (_DISTRACTOR_ATTEMPTS, 2))
-    candidates = np.round(np.concatenate([corners, corners + extent], axis=1), 3)
-    apart = (pairwise_iou(candidates, as_boxes([target, *gold])) < _DISTRACTOR_MAX_IOU).all(axis=1)
+def _distractors(expansion: Area, gold: Area, rng: np.random.Generator) -> list[Area]:
+    """A box off the expansion, of about the size of one of its boxes or else of a gold box, if there is room for it."""
+    likes = np.concatenate([rng.choice(as_boxes(area), _DISTRACTOR_ATTEMPTS) for area in (expansion, gold)])
+    scales = _DISTRACTOR_EXPANSION * rng.uniform(*_DISTRACTOR_SCALES, (len(likes), 1))
+    extents = np.minimum((likes[:, 2:] - likes[:, :2]) * scales, 1)
+    corners = rng.uniform(0, 1 - extents)
+    candidates = np.round(np.concatenate([corners, corners + extents], axis=1), 3)
+    apart = (pairwise_iou(candidates, as_boxes([*expansion, *gold])) < _DISTRACTOR_MAX_IOU).all(axis=1)
     x1, y1, x2, y2 = candidates[np.argmax(apart)].tolist()
     return [((x1, y1, x2, y2),)] if apart.any() and x1 < x2 and y1 < y2 else []

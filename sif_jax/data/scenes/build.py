@@ -6,13 +6,13 @@ import json
 import multiprocessing
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from zlib import crc32
+from zlib import Z_RLE, crc32
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from sif_jax.data.scenes.chain import think
 from sif_jax.data.scenes.config import ScenesConfig
 from sif_jax.data.scenes.layout import sample_scene, visible_boxes
-from sif_jax.data.scenes.questions import ask
+from sif_jax.data.scenes.questions import Question, ask
 from sif_jax.data.scenes.render import paint
 from sif_jax.data.scenes.view import View
 from sif_jax.errors import InputError
@@ -33,7 +33,7 @@ from sif_jax.sif.record import Record, write_records
 DATASET = "sif-scenes"
 MANIFEST = "manifest.json"
 # Of the generator: to be raised when the same seed comes to give other bytes, so that old builds are made anew.
-GENERATOR = 1
+GENERATOR = 2
 ATTEMPTS = 500
 
 
@@ -88,9 +88,10 @@ def make_scene(config: ScenesConfig, seed: int, split: str, number: int) -> Scen
         boxes_norm = visible_boxes(geometry, len(scene.solids)).round(3)
         depths = [box_mean_depth(depth_norm, tuple(box)) for box in boxes_norm.tolist()]
         view = View(scene, boxes_norm, np.array(depths, np.float64))
-        records = [_record(view, depth_norm, family, name, rng, config) for family in chosen]
-        if all(record is not None for record in records):
-            return SceneRows(paint(scene, geometry), encode_depth(depth_norm), tuple(filter(None, records)))
+        questions = _ask_all(view, chosen, rng)
+        if questions is not None:
+            records = tuple(_records(view, depth_norm, questions, name, rng, config))
+            return SceneRows(paint(scene, geometry), encode_depth(depth_norm), records)
     raise InputError(
         f"no scene among {ATTEMPTS} lets these families be asked",
         value=chosen,
@@ -98,34 +99,39 @@ def make_scene(config: ScenesConfig, seed: int, split: str, number: int) -> Scen
     )
 
 
-def _record(
+def _ask_all(view: View, families: list[str], rng: np.random.Generator) -> dict[str, Question] | None:
+    questions: dict[str, Question] = {}
+    for family in families:
+        question = ask(view, family, rng)
+        if question is None:
+            return None
+        questions[family] = question
+    return questions
+
+
+def _records(
     view: View,
     depth_norm: Float[np.ndarray, "h w"],
-    family: str,
+    questions: Mapping[str, Question],
     name: str,
     rng: np.random.Generator,
     config: ScenesConfig,
-) -> Record | None:
-    question = ask(view, family, rng)
-    if question is None:
-        return None
+) -> Iterator[Record]:
     boxes = [tuple(box) for box in view.boxes_norm.tolist()]
-    gold_boxes = tuple(boxes[index] for index in question.gold)
-    steps = think(question, gold_boxes, depth_norm, rng, config)
-    return Record(
-        dataset=DATASET,
-        image=f"images/{name}.png",
-        depth_image=f"depth/{name}.png",
-        problem=question.problem,
-        gold_boxes=gold_boxes,
-        response=question.answer,
-        completion=render(steps, question.answer),
-        extra={
-            "scene": name,
-            "family": family,
-            "solids": [asdict(solid) | {"box": list(box)} for solid, box in zip(view.solids, boxes)],
-        },
-    )
+    solids = [asdict(solid) | {"box": list(box)} for solid, box in zip(view.solids, boxes)]
+    for family, question in questions.items():
+        gold_boxes = tuple(boxes[index] for index in question.gold)
+        steps = think(question, gold_boxes, depth_norm, rng, config)
+        yield Record(
+            dataset=DATASET,
+            image=f"images/{name}.png",
+            depth_image=f"depth/{name}.png",
+            problem=question.problem,
+            gold_boxes=gold_boxes,
+            response=question.answer,
+            completion=render(steps, question.answer),
+            extra={"scene": name, "family": family, "solids": solids},
+        )
 
 
 def _quantised(depth_norm: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "h w"]:
@@ -137,7 +143,7 @@ def _write_scene(out_dir: Path, config: ScenesConfig, seed: int, job: tuple[str,
     made = make_scene(config, seed, *job)
     first = made.records[0]
     for pixels, path in ((made.rgb, first.image), (made.depth_rgb, first.depth_image)):
-        Image.fromarray(pixels).save(out_dir / str(path), compress_level=1)
+        Image.fromarray(pixels).save(out_dir / str(path), compress_level=1, compress_type=Z_RLE)
     return made.records
 
 

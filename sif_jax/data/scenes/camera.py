@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,15 +27,15 @@ class Camera:
         """World directions through the image points (u, v); of length 1 along the optical axis, so t is the depth."""
         right = (u - np.float32(self.width_px / 2)) / np.float32(self.focal_px)
         up = (np.float32(self.height_px / 2) - v) / np.float32(self.focal_px)
-        sin, cos = np.float32(np.sin(self.pitch)), np.float32(np.cos(self.pitch))
-        return np.stack([right, up * cos - sin, up * sin + cos])
+        sin, cos = np.float32(math.sin(self.pitch)), np.float32(math.cos(self.pitch))
+        return np.array([right, up * cos - sin, up * sin + cos])
 
     def project(
         self, points: Float[np.ndarray, "3 n"]
     ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
         """Image points (u, v) and depth in metres of world points; right only in front of the camera (depth > 0)."""
         x, y, z = points[0], points[1] - self.height_m, points[2]
-        sin, cos = np.sin(self.pitch), np.cos(self.pitch)
+        sin, cos = math.sin(self.pitch), math.cos(self.pitch)
         depth_m = z * cos - y * sin
         up = z * sin + y * cos
         scale = self.focal_px / depth_m

@@ -12,9 +12,6 @@ from sif_jax.sif.depth_codec import box_mean_depth
 from sif_jax.sif.expansion import Area, reverse_expansion
 from sif_jax.sif.grammar import BoxDepth, Step
 
-# Reverse expansion tosses its own coin for a distractor; so often it is asked again for what the config's rate wants.
-ATTEMPTS = 8
-
 
 def think(
     question: Question,
@@ -31,12 +28,7 @@ def think(
 
 def _areas(gold_boxes: Area, size: Size, rng: np.random.Generator, config: ScenesConfig) -> list[Area]:
     """Whole image first, gold boxes last; of a chain that is too long, the areas right before the gold boxes go."""
-    wants_distractor = rng.random() < config.distractor_rate
-    areas: list[Area] = []
-    for _ in range(ATTEMPTS):
-        areas = reverse_expansion(gold_boxes, size, rng)
-        if wants_distractor != all(_holds(area, gold_boxes) for area in areas):
-            break
+    areas = reverse_expansion(gold_boxes, size, rng, distractor_share=config.distractor_rate)
     return [*areas[:-1][: config.max_areas - 1], areas[-1]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from sif_jax.data.scenes.camera import Camera
 from sif_jax.data.scenes.config import ScenesConfig
 from sif_jax.data.scenes.render import Geometry, Scene, Surroundings, trace_pixels
 from sif_jax.data.scenes.solids import COLOURS, KINDS, Kind, Size, Solid
+from sif_jax.sif.boxes import Box
 
 RADIUS_M: dict[Size, tuple[float, float]] = {"small": (0.30, 0.36), "large": (0.56, 0.66)}
 # Height over radius; with it a large solid is larger than a small one of any kind in volume, width and height.
@@ -25,6 +27,7 @@ WIDTH: dict[str, float] = {"sphere": 1.0, "box": 0.85, "cylinder": 0.85, "cone":
 NEAREST_M, FARTHEST_M = 2.8, 6.8
 GAP_M = 0.12
 MARGIN_PX = 4
+MOST_HIDDEN = 0.4
 FLOORS = (
     ((0.66, 0.67, 0.70), (0.50, 0.51, 0.55)),
     ((0.72, 0.67, 0.60), (0.56, 0.51, 0.45)),
@@ -34,6 +37,7 @@ WALLS = ((0.78, 0.80, 0.84), (0.84, 0.80, 0.74), (0.74, 0.80, 0.80))
 
 T = TypeVar("T")
 Boxes = Float64[np.ndarray, "solids 4"]
+Placed = tuple[Solid, Box]
 
 
 def sample_scene(rng: np.random.Generator, config: ScenesConfig) -> tuple[Scene, Geometry]:
@@ -57,20 +61,21 @@ def visible_boxes(geometry: Geometry, num_solids: int) -> Boxes:
     h, w = geometry.instances.shape
     boxes = []
     for index in range(num_solids):
-        rows, columns = np.nonzero(geometry.instances == index + 1)
-        boxes.append((columns.min() / w, rows.min() / h, (columns.max() + 1) / w, (rows.max() + 1) / h))
+        visible = geometry.instances == index + 1
+        rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
+        boxes.append((columns[0] / w, rows[0] / h, (columns[-1] + 1) / w, (rows[-1] + 1) / h))
     return np.array(boxes, np.float64).reshape(num_solids, 4)
 
 
 def _draw_scene(rng: np.random.Generator, size_px: tuple[int, int], num_solids: int) -> Scene | None:
     camera = _draw_camera(rng, *size_px)
-    solids: list[Solid] = []
+    placed: list[Placed] = []
     for (kind, colour), size in zip(_draw_names(rng, num_solids), _draw_sizes(rng, num_solids)):
-        solid = _place(rng, camera, kind, colour, size, solids)
-        if solid is None:
+        place = _place(rng, camera, kind, colour, size, placed)
+        if place is None:
             return None
-        solids.append(solid)
-    return Scene(camera, _draw_surroundings(rng), tuple(solids))
+        placed.append(place)
+    return Scene(camera, _draw_surroundings(rng), tuple(solid for solid, _ in placed))
 
 
 def _draw_camera(rng: np.random.Generator, width_px: int, height_px: int) -> Camera:
@@ -119,42 +124,43 @@ def _some(rng: np.random.Generator, items: Sequence[T], count: int) -> list[T]:
 
 
 def _place(
-    rng: np.random.Generator, camera: Camera, kind: Kind, colour: str, size: Size, others: list[Solid]
-) -> Solid | None:
-    """A solid whole in the picture and apart from the others, or None when forty tries find no place."""
+    rng: np.random.Generator, camera: Camera, kind: Kind, colour: str, size: Size, others: list[Placed]
+) -> Placed | None:
+    """A solid whole in the picture, apart from the others and clear of them, or None when forty tries find no place."""
     for _ in range(40):
         solid = _draw_solid(rng, camera, kind, colour, size)
-        if _is_whole(camera, solid) and all(_are_apart(solid, other) for other in others):
-            return solid
+        if all(_are_apart(solid, other) for other, _ in others):
+            place = solid, _outline_px(camera, solid)
+            if _is_whole(camera, place[1]) and all(_are_clear(place, other) for other in others):
+                return place
     return None
 
 
 def _draw_solid(rng: np.random.Generator, camera: Camera, kind: Kind, colour: str, size: Size) -> Solid:
-    radius = rng.uniform(*RADIUS_M[size]) * WIDTH[kind]
-    depth = rng.uniform(NEAREST_M, FARTHEST_M)
-    return Solid(
-        kind=kind,
-        colour=colour,
-        size=size,
-        x=rng.uniform(-0.5, 0.5) * camera.width_px / camera.focal_px * depth,
-        z=depth,
-        radius=radius,
-        height=radius * rng.uniform(*HEIGHT[kind]),
-        yaw=rng.uniform(0, np.pi / 2),
-    )
+    low, high = zip(RADIUS_M[size], (NEAREST_M, FARTHEST_M), HEIGHT[kind], (-1, 1), (0, math.pi / 2))
+    radius, depth, height, side, yaw = rng.uniform(np.array(low), np.array(high)).tolist()
+    radius *= WIDTH[kind]
+    reach = camera.width_px / 2 / camera.focal_px * depth - radius
+    return Solid(kind, colour, size, x=side * reach, z=depth, radius=radius, height=radius * height, yaw=yaw)
 
 
-def _is_whole(camera: Camera, solid: Solid) -> bool:
-    u, v, depth_m = camera.project(solid.bounding_corners())
-    return bool(
-        depth_m.min() > 1
-        and u.min() >= MARGIN_PX
-        and u.max() <= camera.width_px - MARGIN_PX
-        and v.min() >= MARGIN_PX
-        and v.max() <= camera.height_px - MARGIN_PX
-    )
+def _outline_px(camera: Camera, solid: Solid) -> Box:
+    u, v, _ = camera.project(solid.bounding_corners)
+    return float(u.min()), float(v.min()), float(u.max()), float(v.max())
+
+
+def _is_whole(camera: Camera, outline_px: Box) -> bool:
+    x1, y1, x2, y2 = outline_px
+    return min(x1, y1, camera.width_px - x2, camera.height_px - y2) >= MARGIN_PX
 
 
 def _are_apart(first: Solid, second: Solid) -> bool:
-    distance = np.hypot(first.x - second.x, first.z - second.z)
-    return bool(distance >= first.footprint_radius + second.footprint_radius + GAP_M)
+    distance = math.hypot(first.x - second.x, first.z - second.z)
+    return distance >= first.footprint_radius + second.footprint_radius + GAP_M
+
+
+def _are_clear(first: Placed, second: Placed) -> bool:
+    """Whether the nearer solid can leave enough of the farther one to be seen: spares the tracing of most other scenes."""
+    (_, near), (_, far) = sorted((first, second), key=lambda place: place[0].z)
+    width, height = min(near[2], far[2]) - max(near[0], far[0]), min(near[3], far[3]) - max(near[1], far[1])
+    return max(width, 0) * max(height, 0) <= MOST_HIDDEN * (far[2] - far[0]) * (far[3] - far[1])

@@ -1,13 +1,15 @@
 """Solids standing on the floor, met by rays analytically: sphere, box, cylinder, cone (host).
 
 World frame in metres: x to the right, y up (the floor is y = 0), z away from the camera. Every solid is convex, so a
-ray is inside it on one interval [t_in, t_out]; its local frame has the origin at the centre of its footprint.
+ray is inside it on one interval [t_in, t_out]; its local frame has the origin at the centre of its footprint. All but
+the box are round about that axis, so only the box's own faces turn with the yaw.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Literal, get_args
 
 import numpy as np
@@ -60,30 +62,29 @@ class Solid:
     def centre(self) -> Float[np.ndarray, " 3"]:
         return np.array([self.x, self.height / 2, self.z])
 
+    @cached_property
     def bounding_corners(self) -> Float[np.ndarray, "3 8"]:
         """Corners of the box that bounds the solid, yawed with it."""
-        return self._to_world(UNIT_CORNERS * np.array([[self.radius], [self.height], [self.radius]]))
+        corners = _rotate(UNIT_CORNERS * np.array([[self.radius], [self.height], [self.radius]]), self.yaw)
+        return corners + np.array([[self.x], [0.0], [self.z]])
 
     def _to_local(self, points: Vectors) -> Vectors:
-        return _rotate(points - np.array([[self.x], [0.0], [self.z]], np.float32), -self.yaw)
-
-    def _to_world(self, points: Float[np.ndarray, "3 n"]) -> Float[np.ndarray, "3 n"]:
-        return _rotate(points, self.yaw) + np.array([[self.x], [0.0], [self.z]])
+        return points - np.array([[self.x], [0.0], [self.z]], np.float32)
 
     def ray_interval(self, origin: Vectors, direction: Vectors) -> Interval:
         """Where the rays `origin + t * direction` are inside the solid; empty (t_in > t_out) where they miss it."""
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-            return _INTERVALS[self.kind](self, self._to_local(origin), _rotate(direction, -self.yaw))
+            return _INTERVALS[self.kind](self, self._to_local(origin), direction)
 
     def normals(self, points: Float[np.ndarray, "3 n"]) -> Float[np.ndarray, "3 n"]:
         """Outward unit normals at points on the surface."""
-        return _rotate(_NORMALS[self.kind](self, self._to_local(points)), self.yaw)
+        return _NORMALS[self.kind](self, self._to_local(points))
 
 
 def _rotate(vectors: Vectors, yaw: float) -> Vectors:
     x, y, z = vectors
-    cos, sin = np.float32(np.cos(yaw)), np.float32(np.sin(yaw))
-    return np.stack([cos * x + sin * z, y, cos * z - sin * x])
+    cos, sin = np.float32(math.cos(yaw)), np.float32(math.sin(yaw))
+    return np.array([cos * x + sin * z, y, cos * z - sin * x])
 
 
 def _quadratic_interval(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> Interval:
@@ -122,6 +123,7 @@ def _sphere_interval(solid: Solid, o: np.ndarray, d: np.ndarray) -> Interval:
 
 def _box_interval(solid: Solid, o: np.ndarray, d: np.ndarray) -> Interval:
     r = solid.radius
+    o, d = _rotate(o, -solid.yaw), _rotate(d, -solid.yaw)
     return _intersection(
         _slab_interval(o[0], d[0], -r, r),
         _slab_interval(o[1], d[1], 0.0, solid.height),
@@ -158,9 +160,9 @@ def _sphere_normals(solid: Solid, p: np.ndarray) -> np.ndarray:
 
 def _box_normals(solid: Solid, p: np.ndarray) -> np.ndarray:
     half = np.array([[solid.radius], [solid.height / 2], [solid.radius]], np.float32)
-    unit = p / half - np.array([[0.0], [1.0], [0.0]], np.float32)
+    unit = _rotate(p, -solid.yaw) / half - np.array([[0.0], [1.0], [0.0]], np.float32)
     face = np.abs(unit).argmax(0) == np.arange(3)[:, None]
-    return np.sign(unit) * face
+    return _rotate(np.sign(unit) * face, solid.yaw)
 
 
 def _cylinder_normals(solid: Solid, p: np.ndarray) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float64
@@ -28,18 +30,20 @@ class View:
     def solids(self) -> tuple[Solid, ...]:
         return self.scene.solids
 
+    @cached_property
+    def _reaches_m(self) -> Float64[np.ndarray, "2 solids"]:
+        """Distance from the camera and depth along its optical axis."""
+        camera = self.scene.camera
+        centres = np.stack([solid.centre for solid in self.solids], axis=1)
+        return np.stack([np.linalg.norm(centres - camera.origin, axis=0), camera.project(centres)[2]])
+
     def is_left_of(self, first: int, second: int) -> bool:
-        centres = self.boxes_norm[:, [0, 2]].mean(1)
-        in_image = centres[second] - centres[first] > BESIDE_IMAGE
+        in_image = (self.boxes_norm[second] - self.boxes_norm[first])[[0, 2]].mean() > BESIDE_IMAGE
         return bool(in_image and self.solids[second].x - self.solids[first].x > BESIDE_M)
 
     def is_closer(self, first: int, second: int) -> bool:
         """By distance, by depth along the optical axis and by the depth map under the two boxes."""
-        camera = self.scene.camera
-        points = np.stack([self.solids[first].centre, self.solids[second].centre], axis=1)
-        distance = np.linalg.norm(points - camera.origin, axis=0)
-        _, _, depth_m = camera.project(points)
-        in_metres = min(distance[1] - distance[0], depth_m[1] - depth_m[0]) > CLOSER_M
+        in_metres = (self._reaches_m[:, second] - self._reaches_m[:, first]).min() > CLOSER_M
         return bool(in_metres and self.depths_norm[first] < self.depths_norm[second])
 
     def is_larger(self, first: int, second: int) -> bool:
@@ -48,8 +52,8 @@ class View:
     def is_nearer_to(self, anchor: int, first: int, second: int) -> bool:
         if anchor in (first, second):
             return False
-        near, far = (np.linalg.norm(self.solids[i].centre - self.solids[anchor].centre) for i in (first, second))
-        return bool(far - near > NEARER_M and far > NEARER_RATIO * near)
+        near, far = (math.dist(self.solids[i].centre, self.solids[anchor].centre) for i in (first, second))
+        return far - near > NEARER_M and far > NEARER_RATIO * near
 
     def groups(self, *, most: int) -> dict[str, tuple[int, ...]]:
         """The solids of each kind and of each colour that has at most `most`, from left to right."""
