@@ -126,8 +126,8 @@ def _some(rng: np.random.Generator, items: Sequence[T], count: int) -> list[T]:
 def _place(
     rng: np.random.Generator, camera: Camera, kind: Kind, colour: str, size: Size, others: list[Placed]
 ) -> Placed | None:
-    """A solid whole in the picture, apart from the others and clear of them, or None when forty tries find no place."""
-    for _ in range(40):
+    """A solid whole in the picture, apart from the others and clear of them, or None when a dozen tries find no place."""
+    for _ in range(12):
         solid = _draw_solid(rng, camera, kind, colour, size)
         if all(_are_apart(solid, other) for other, _ in others):
             place = solid, _outline_px(camera, solid)
