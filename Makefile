@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest
 .PHONY: demo test test-all check env env-test clean
 
 demo: $(VENV)/.demo
-	$(BIN)/sif-jax demo
+	$(BIN)/sif-jax demo configs/demo/demo.yaml
 
 test: check
 	$(PYTEST) -n 2 --dist loadgroup -m "not slow"

@@ -76,7 +76,7 @@ class VLM:
         logits = _logits(self.graphdef, self.state, self._batch(inputs))
         return np.asarray(logits)[0, : len(inputs.tokens)]
 
-    def logprobs(self, inputs: Encoded, completion_ids: Sequence[int]) -> Float32[np.ndarray, " C"]:
+    def logprobs(self, inputs: Encoded, completion_ids: Sequence[int] | np.ndarray) -> Float32[np.ndarray, " C"]:
         """Log-probability of each token of a completion that follows the inputs, in nats."""
         continued = _continue(inputs, completion_ids)
         logits = self.logits(continued)[len(inputs.tokens) - 1 : -1]
@@ -137,7 +137,7 @@ def _logits(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> Float[Arr
     return model.logits(model.hidden(batch))
 
 
-def _continue(inputs: Encoded, ids: Sequence[int]) -> Encoded:
+def _continue(inputs: Encoded, ids: Sequence[int] | np.ndarray) -> Encoded:
     steps = inputs.positions.max() + 1 + np.arange(len(ids), dtype=np.int32)
     return Encoded(
         np.concatenate([inputs.tokens, np.asarray(ids, np.int32)]),

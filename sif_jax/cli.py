@@ -24,6 +24,7 @@ from sif_jax.config import (
     load_config,
 )
 from sif_jax.errors import InputError
+from sif_jax.parallel.host_memory import keep_freed_memory
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -87,6 +88,7 @@ def _command(group: click.Group, name: str, kind: type[Kind]) -> Callable[[Calla
             if print_config:
                 click.echo(config_text(config), nl=False)
             else:
+                keep_freed_memory()
                 function(config, **options)
 
         run = click.option("--print-config", is_flag=True, help="Print the whole config as YAML and exit.")(run)
@@ -113,7 +115,7 @@ def demo(config: DemoConfig) -> None:
     Run it in the root of the checkout. It takes a few minutes on a CPU.
 
     \b
-    Example: sif-jax demo
+    Example: sif-jax demo configs/demo/demo.yaml
     """
     from sif_jax.demo import run
 

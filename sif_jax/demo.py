@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping
 from datetime import date
@@ -28,8 +29,8 @@ from sif_jax.models.qwen2_5_vl.tiny import write_tiny_checkpoint
 from sif_jax.models.qwen2_5_vl.tiny_tokenizer import train_tokenizer
 from sif_jax.report.page import write_report
 from sif_jax.report.stages import Stage
-from sif_jax.sif.prompts import user_text
-from sif_jax.sif.record import Record, read_records
+from sif_jax.sif.prompts import IMAGE, ovd_question, rec_question, user_text
+from sif_jax.sif.record import read_records
 from sif_jax.training import grpo, sft
 
 Result = TypeVar("Result")
@@ -63,7 +64,9 @@ def run(config: DemoConfig) -> Path:
     clock.time("SFT", lambda: sft.train(_load(SftConfig, config.sft, root, "model", scenes["sft"], "sft")))
     samples["SFT"] = clock.time("eval SFT", lambda: _evaluate(config, "SFT", scenes["test"]))
     clock.time("GRPO-SIF", lambda: grpo.train(_load(GrpoConfig, config.grpo, root, "sft", scenes["grpo"], "grpo")))
-    samples["SFT + GRPO-SIF"] = clock.time("eval SFT + GRPO-SIF", lambda: _evaluate(config, "SFT + GRPO-SIF", scenes["test"]))
+    samples["SFT + GRPO-SIF"] = clock.time(
+        "eval SFT + GRPO-SIF", lambda: _evaluate(config, "SFT + GRPO-SIF", scenes["test"])
+    )
     extra = clock.time("photographs", lambda: _evaluate_photographs(config, photographs))
 
     summaries = {name: _summary(directory) for name, directory in samples.items()}
@@ -88,16 +91,24 @@ def _build_scenes(config: DemoConfig, directory: Path) -> Mapping[str, Path]:
 
 
 def _write_model(config: DemoConfig, records: Path, directory: Path) -> None:
-    corpus = [_chat_text(record) for record in read_records(records).records]
-    tokenizer = train_tokenizer(corpus, vocab_size=config.tiny_model.vocab_size)
+    corpus = [_chat_text(user_text(r.problem), r.completion or "") for r in read_records(records).records]
+    tokenizer = train_tokenizer(corpus, phrases=_fixed_phrases(), vocab_size=config.tiny_model.vocab_size)
     write_tiny_checkpoint(directory, config.tiny_model, tokenizer, seed=config.seed)
 
 
-def _chat_text(record: Record) -> str:
-    """What the model reads and writes about a record, so that the tokenizer's merges fit it."""
-    user = user_text(record.problem).replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
-    turns = {"system": "You are a helpful assistant.", "user": user, "assistant": record.completion}
+def _chat_text(user: str, assistant: str) -> str:
+    """What the model reads and writes, so that the tokenizer's merges fit it."""
+    shown = user.replace(IMAGE, "<|vision_start|><|image_pad|><|vision_end|>")
+    turns = {"system": "You are a helpful assistant.", "user": shown, "assistant": assistant}
     return "\n".join(f"<|im_start|>{role}\n{text}<|im_end|>" for role, text in turns.items())
+
+
+def _fixed_phrases() -> list[str]:
+    """The words that stand around every question."""
+    gap = "\0"
+    texts = [_chat_text(user_text(gap), gap), rec_question(gap), ovd_question([gap])]
+    pieces = {piece for text in texts for piece in re.split(r"<\|.*?\|>|\0", text)}
+    return sorted(piece for piece in pieces if len(piece) > 2)
 
 
 def _load(kind: type[Kind], path: str, root: Path, model: str, data: Path, name: str, *overrides: str) -> Kind:

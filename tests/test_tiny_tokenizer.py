@@ -20,6 +20,9 @@ TRACE = (
 BOX = '},{"bbox_2d":[0.123,0.456,0.789,0.990],"depth":0.512'
 
 
+PHRASES = [piece for piece in user_text("@").replace("<image>", "@").split("@") if len(piece) > 2]
+
+
 def corpus():
     for i in range(60):
         thing = ("red ball", "blue cube", "green cone")[i % 3]
@@ -29,7 +32,7 @@ def corpus():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(corpus(), vocab_size=1024)
+    return train_tokenizer(corpus(), phrases=PHRASES, vocab_size=512)
 
 
 def pieces(tokenizer, text):
@@ -55,8 +58,13 @@ def test_the_markup_between_two_steps_is_one_token(tokenizer):
     assert '</text><area>[{"bbox_2d":[0.' in pieces(tokenizer, 'The red ball is near.</text><area>[{"bbox_2d":[0.500')
 
 
-def test_the_fixed_words_of_the_prompt_are_a_few_tokens(tokenizer):
-    assert len(tokenizer.encode(user_text("")).ids) <= 8
+def test_each_fixed_phrase_of_the_prompt_is_one_token(tokenizer):
+    assert [pieces(tokenizer, phrase) for phrase in PHRASES] == [[phrase] for phrase in PHRASES]
+    assert set(PHRASES) < set(pieces(tokenizer, user_text("Where is the red ball?")))
+
+
+def test_a_word_is_the_same_token_wherever_it_stands(tokenizer):
+    assert [pieces(tokenizer, text).count(" red") for text in ("the red ball,", "is the red?", " red")] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("text", ["12.345", "10.5", "0.1234", "room 101, 1.5", "a1.000", "11.000"])
@@ -74,7 +82,7 @@ def test_any_text_survives_the_round_trip(tokenizer, first, second):
 
 
 def test_training_twice_gives_the_same_tokenizer(tokenizer):
-    assert train_tokenizer(corpus(), vocab_size=1024).to_str() == tokenizer.to_str()
+    assert train_tokenizer(corpus(), phrases=PHRASES, vocab_size=512).to_str() == tokenizer.to_str()
 
 
 def test_special_tokens_come_first_and_merges_do_not_cross_them(tokenizer):

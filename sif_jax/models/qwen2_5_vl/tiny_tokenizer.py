@@ -1,8 +1,8 @@
 """A small byte-level BPE tokenizer for the demo and the tests, written as a Hugging Face directory (host).
 
-It makes traces short. Decimals are one digit per token, so numbers are always spelled alike, and the `0.` or `1.` before
-them belongs to the text in front, so that `],"depth":0.` can be one token. Other text merges across spaces and
-punctuation, up to the seams between two lines, two sentences, and prose and markup.
+It makes traces short and easy to copy from. A word is at most one token, wherever it stands. Decimals are one digit per
+token, so numbers are always spelled alike, and the `0.` or `1.` before them belongs to the markup in front: `],"depth":0.`
+is one token. Fixed phrases, such as the prompt's instructions, are one token each.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.chat import TEMPLATE_FILE
@@ -28,12 +28,9 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 _NUM_BYTES = 256
-_CHARACTER = r"(?:[^0-9]|(?<=_)[0-9])"  # the 2 of bbox_2d is text
-_SEAM = r"(?:(?<=[^>\]}\s0-9])(?=</?[a-z]+>)|(?<=>)(?=[A-Za-z])|(?<=[.?!])(?=\s)|(?<=\n)(?=\S))"
-_PROSE = rf"{_CHARACTER}(?:(?!{_SEAM}){_CHARACTER})*"
+_MARKUP = r'(?:</?[a-z]+>|"[a-z0-9_]+":|[\[\]{},])+'
 _UNITS = r"(?<![0-9])[01]\.(?=[0-9]{3}(?![0-9]))"
-_SPLIT = rf"(?:{_PROSE})?{_UNITS}|{_PROSE}|[0-9]"
-_SPECIAL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+_SPLIT = rf"(?:{_MARKUP})?{_UNITS}|{_MARKUP}|[ \n]?[A-Za-z]+|[0-9]|[^A-Za-z0-9]"
 # A class of transformers that keeps the file's own pre-tokenizer; Qwen2Tokenizer would put Qwen's in its place.
 _CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -43,12 +40,12 @@ _CONFIG = {
 }
 
 
-def train_tokenizer(corpus: Iterable[str], *, vocab_size: int = 1024, min_frequency: int = 2) -> Tokenizer:
+def train_tokenizer(corpus: Iterable[str], *, phrases: Sequence[str] = (), vocab_size: int = 512) -> Tokenizer:
     """Train on texts, such as rendered chats; merges do not cross their special tokens, which get the ids 0, 1, ...
 
-    A pair seen fewer than `min_frequency` times is not merged. The same corpus gives the same tokenizer.
+    The phrases get the last ids. The same corpus gives the same tokenizer.
     """
-    smallest = len(SPECIAL_TOKENS) + _NUM_BYTES
+    smallest = len(SPECIAL_TOKENS) + _NUM_BYTES + len(phrases)
     if vocab_size < smallest:
         raise InputError("the vocabulary is too small", value=vocab_size, expected=f"vocab_size >= {smallest}")
     tokenizer = Tokenizer(models.BPE())
@@ -60,13 +57,14 @@ def train_tokenizer(corpus: Iterable[str], *, vocab_size: int = 1024, min_freque
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
+        vocab_size=vocab_size - len(phrases),
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((piece for text in corpus for piece in _SPECIAL.split(text)), trainer)
+    fixed = re.compile("|".join(map(re.escape, (*SPECIAL_TOKENS, *phrases))))
+    tokenizer.train_from_iterator((piece for text in corpus for piece in fixed.split(text)), trainer)
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     return tokenizer
 
 
