@@ -96,7 +96,6 @@ class Collator:
             if length > largest:
                 raise InputError(
                     f"the example has too many {kind}",
-                    row=", ".join(str(example.record_index + 1) for example in row),
                     value=length,
                     expected=f"at most {largest}, the largest bucket",
                     fix=f"raise data.buckets.{kind}, or lower model.max_pixels",

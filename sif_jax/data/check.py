@@ -29,15 +29,13 @@ def check_file(path: str | Path, *, image_root: str | Path | None = None) -> Fil
       InputError: the file itself cannot be read.
     """
     file = read_records(path, image_root=image_root, on_error="skip")
-    skipped = dict(file.skipped)
-    rows = [row for row in range(1, len(file.records) + len(skipped) + 1) if row not in skipped]
     found = [
         (row, f"{path}: row {row}: {problem}")
-        for row, record in zip(rows, file.records, strict=True)
+        for row, record in zip(file.rows, file.records, strict=True)
         for problem in _problems(record, file.image_root)
     ]
     return FileReport(
-        num_rows=len(file.records) + len(skipped),
+        num_rows=len(file.records) + len(file.skipped),
         num_depth_images=sum(record.depth_image is not None for record in file.records),
         num_gold_boxes=sum(len(record.gold_boxes) for record in file.records),
         num_completions=sum(record.completion is not None for record in file.records),

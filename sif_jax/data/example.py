@@ -52,14 +52,8 @@ class ExampleEncoder:
         """
         Raises:
           InputError: an image is missing or damaged, the depth image has another size than its image, or a record lacks
-            what the prompt or the target needs. Records are counted from 1 in the message.
+            what the prompt or the target needs.
         """
-        try:
-            return self._encode(index)
-        except InputError as error:
-            raise InputError(str(error), row=index + 1) from None
-
-    def _encode(self, index: int) -> Example:
         record = self.records[index]
         text = user_text(record.problem, self.depth_input, self.with_depth_words)
         messages = messages_with_images([{"role": "user", "content": text}], self._images(record))

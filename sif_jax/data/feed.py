@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,19 +18,34 @@ from sif_jax.data.loader import Loader
 from sif_jax.models.qwen2_5_vl.chat import ChatProcessor
 from sif_jax.models.qwen2_5_vl.config import VisionConfig
 from sif_jax.sif.depth_codec import read_depth
-from sif_jax.sif.record import Record, read_records
+from sif_jax.sif.record import Record, RecordFile, read_records
+
+SKIPPED_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Feed:
     loader: Loader
     records: Sequence[Record]
-    image_root: Path
+    file: RecordFile
 
-    def depth_maps(self, indices: Sequence[int]) -> list[Float32[np.ndarray, "h w"] | None]:
+    @property
+    def skipped(self) -> dict[int, str]:
+        """Why each row that was passed over was, by its number in the file."""
+        unreadable = {self.file.rows[index]: reason for index, reason in self.loader.skipped.items()}
+        return dict(sorted((dict(self.file.skipped) | unreadable).items()))
+
+    def report_skipped(self) -> None:
+        skipped = list(self.skipped.values())
+        if skipped:
+            shown = "".join(f"\n  {reason}" for reason in skipped[:SKIPPED_SHOWN])
+            more = "\n  …" if len(skipped) > SKIPPED_SHOWN else ""
+            print(f"skipped {len(skipped)} rows:{shown}{more}", file=sys.stderr)
+
+    def depth_maps(self, indices: Sequence[int] | np.ndarray) -> list[Float32[np.ndarray, "h w"] | None]:
         """The decoded depth map of each record, None where it has none."""
         paths = (self.records[index].depth_image for index in indices)
-        return [None if path is None else _read_once(self.image_root / path) for path in paths]
+        return [None if path is None else _read_once(self.file.image_root / path) for path in paths]
 
 
 _read_once = cache(read_depth)
@@ -62,5 +78,7 @@ def open_feed(
         shuffle=shuffle,
         pack=pack,
         on_error=data.on_error,
+        file=Path(data.path),
+        rows=file.rows,
     )
-    return Feed(loader, records, file.image_root)
+    return Feed(loader, records, file)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Literal
 
 import grain
@@ -22,7 +23,7 @@ class Loader(Iterator[Batch]):
     each takes every process_count-th example of the one stream.
 
     `get_state()` is plain JSON; after `set_state()` on an equal loader the same batches follow. `skipped` maps the index
-    of each record that `on_error="skip"` passed over to the reason.
+    of each record that `on_error="skip"` passed over to the reason, which tells its row in `file`.
     """
 
     def __init__(
@@ -36,13 +37,16 @@ class Loader(Iterator[Batch]):
         shuffle: bool = True,
         pack: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
+        file: Path | None = None,
+        rows: Sequence[int] | None = None,
         process_index: int = 0,
         process_count: int = 1,
         num_threads: int = 4,
         prefetch: int = 32,
     ):
         if num_records == 0:
-            raise InputError("there are no records to load", fix="check data.path")
+            raise InputError("there are no records to load", file=file, fix="check data.path")
+        self._file, self._rows = file, rows or range(1, num_records + 1)
         self.skipped: dict[int, str] = {}
         self._encode, self._num_records, self._collate = encode, num_records, collate
         self._pack, self._on_error = pack, on_error
@@ -92,5 +96,5 @@ class Loader(Iterator[Batch]):
             example = self._encode(index)
             self._collate.check([example])
         except InputError as error:
-            return index, error
+            return index, InputError(str(error), file=self._file, row=self._rows[index])
         return example

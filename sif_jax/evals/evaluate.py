@@ -50,10 +50,11 @@ def evaluate(config: EvalConfig) -> Path:
         samples += _samples(rollout, batch, feed, processor, directory)
         progress.advance()
     progress.close()
+    feed.report_skipped()
     summary = summarise(samples, seed=config.run.seed).to_json() | {
         "model": config.model.path,
         "data": config.data.path,
-        "skipped": {str(row + 1): reason for row, reason in feed.loader.skipped.items()},
+        "skipped": {str(row): reason for row, reason in feed.skipped.items()},
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -95,8 +96,8 @@ def _samples(
             "id": str(index + 1),
             "scene": str(record.extra.get("scene", record.image)),
             "family": str(record.extra.get("family", record.dataset)),
-            "image": _relative(feed.image_root / record.image, directory),
-            "depth_image": record.depth_image and _relative(feed.image_root / record.depth_image, directory),
+            "image": _relative(feed.file.image_root / record.image, directory),
+            "depth_image": record.depth_image and _relative(feed.file.image_root / record.depth_image, directory),
             "problem": record.problem,
             "gold_boxes": [list(box) for box in record.gold_boxes],
             "response": record.response,

@@ -49,9 +49,10 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class RecordFile:
-    """The records of a file, the (row, message) of each skipped row, and the folder that image paths start from."""
+    """The records of a file and their rows, the (row, message) of each skipped row, and the folder of the image paths."""
 
     records: tuple[Record, ...]
+    rows: tuple[int, ...]
     skipped: tuple[tuple[int, str], ...]
     image_root: Path
 
@@ -65,17 +66,18 @@ def read_records(
       InputError: the file is missing or not JSON, or (unless `on_error="skip"`) a row is malformed.
     """
     path = Path(path)
-    records, skipped = [], []
+    records, rows, skipped = [], [], []
     for number, source in _sources(path):
         try:
             row = _loads(source, path, number) if path.suffix == ".jsonl" else source
             records.append(_parse_row(row, {"file": path, "row": number}))
+            rows.append(number)
         except InputError as error:
             if on_error == "raise":
                 raise
             skipped.append((number, str(error)))
     root = path.parent if image_root is None else Path(image_root)
-    return RecordFile(tuple(records), tuple(skipped), root)
+    return RecordFile(tuple(records), tuple(rows), tuple(skipped), root)
 
 
 def write_records(path: str | Path, records: Iterable[Record]) -> None:

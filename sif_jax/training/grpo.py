@@ -66,7 +66,8 @@ def train(config: GrpoConfig) -> Path:
         batch_size=config.prompts_per_step,
         seed=config.run.seed,
     )
-    steps = config.max_steps or num_steps(len(feed.records) * config.epochs, config.prompts_per_step)
+    whole = num_steps(len(feed.records) * config.epochs, config.prompts_per_step)
+    steps = min(config.max_steps or whole, whole)
     optimizer = make_optimizer(config.optimizer, steps * config.updates_per_rollout)
     rate = learning_rate(config.optimizer, steps * config.updates_per_rollout)
     add_gradients, apply = make_gradients(policy, config), make_apply(optimizer)
@@ -90,14 +91,15 @@ def train(config: GrpoConfig) -> Path:
         previous_means[ids] = feedback.group_means
         groups = to_learn(batch, features, rollout, feedback, config)
         for _ in range(config.updates_per_rollout):
-            gathered, key = None, jax.random.fold_in(jax.random.key(config.run.seed), state.step)
+            gathered: Any = None
+            key = jax.random.fold_in(jax.random.key(config.run.seed), state.step)
             for rows in split_rows(groups, config.micro_batch):
                 gathered = add_gradients(gathered, state.trainable, frozen, reference, rows, key)
             gradients, sums = gathered
             state, norm = apply(state, gradients, sums.policy.completions)
         metrics = _metrics(feedback, rollout, sums) | {
             "grad_norm": float(norm),
-            "learning_rate": float(rate(step * config.updates_per_rollout)),
+            "learning_rate": float(jnp.asarray(rate(step * config.updates_per_rollout))),
             "seconds/rollout": sampled - began,
             "seconds/learn": time.monotonic() - sampled,
         }
@@ -108,7 +110,9 @@ def train(config: GrpoConfig) -> Path:
         if (step + 1) % config.run.save_every == 0 or step + 1 == steps:
             checkpoints.save(step + 1, arrays=(state, previous_means), host={"loader": feed.loader.get_state()})
 
-    log.close(), progress.close(), checkpoints.close()
+    for open_file in (log, progress, checkpoints):
+        open_file.close()
+    feed.report_skipped()
     export_policy(policy, state.trainable, directory / "model")
     return directory
 
@@ -141,7 +145,7 @@ def to_learn(batch: Batch, features: Array, rollout: Rollout, feedback: Feedback
     """Cut the rollout to the shortest of T, T/2, T/4 that holds every completion, so that few programs are compiled."""
     longest = int(rollout.lengths.max())
     length = min(size for size in (config.max_new_tokens // part for part in (4, 2, 1)) if size >= longest)
-    token_mask = jnp.arange(length) < rollout.lengths[..., None]
+    token_mask = jnp.arange(length)[None, None] < rollout.lengths[..., None]
     return Groups(
         batch,
         features if config.freeze_vision else None,

@@ -27,11 +27,10 @@ class MetricsLog:
         self, run_dir: str | Path, *, start_step: int = 0, tensorboard: bool = True, wandb: bool = False
     ) -> None:
         run_dir = Path(run_dir)
-        path = run_dir / "metrics.jsonl"
+        self._path = run_dir / "metrics.jsonl"
         self._wandb = _start_wandb(run_dir) if wandb else None
         run_dir.mkdir(parents=True, exist_ok=True)
-        _drop_from(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
+        _drop_from(self._path, start_step)
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step) if tensorboard else None
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -49,15 +48,14 @@ class MetricsLog:
 
     def _write(self, line: str) -> None:
         try:
-            self._file.write(line)
-            self._file.flush()
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
         except OSError as error:
             raise InputError(
-                f"cannot write ({error.strerror})", file=self._file.name, fix="free space, then resume the run"
+                f"cannot write ({error.strerror})", file=self._path, fix="free space, then resume the run"
             ) from None
 
     def close(self) -> None:
-        self._file.close()
         if self._board:
             self._board.close()
         if self._wandb:

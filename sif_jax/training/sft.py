@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
@@ -42,9 +43,11 @@ def train(config: SftConfig) -> Path:
         seed=config.run.seed,
         pack=config.packing,
     )
-    steps = config.max_steps or num_steps(len(feed.records) * config.epochs, config.batch_size * config.accumulation)
+    whole = num_steps(len(feed.records) * config.epochs, config.batch_size * config.accumulation)
+    steps = config.max_steps if config.max_steps and config.packing else min(config.max_steps or whole, whole)
     optimizer = make_optimizer(config.optimizer, steps)
-    add_gradients, apply = make_gradients(policy), make_apply(optimizer)
+    dropout = config.lora is not None and config.lora.dropout > 0
+    add_gradients, apply = make_gradients(policy, dropout=dropout), make_apply(optimizer)
     state, frozen = replicate((initial_state(policy.trainable, optimizer), policy.frozen), mesh)
     checkpoints, start = Checkpoints(directory / "checkpoints", config.run.keep), 0
     if checkpoints.latest() is not None:
@@ -55,7 +58,8 @@ def train(config: SftConfig) -> Path:
     key = jax.random.key(config.run.seed)
 
     for step in range(start, steps):
-        began, gathered = time.monotonic(), None
+        began = time.monotonic()
+        gathered: Any = None
         for micro in range(config.accumulation):
             batch = shard_rows(next(feed.loader).arrays, mesh)
             gathered = add_gradients(
@@ -64,26 +68,29 @@ def train(config: SftConfig) -> Path:
         gradients, sums = gathered
         state, norm = apply(state, gradients, sums.tokens)
         if (step + 1) % config.run.log_every == 0:
-            metrics = _metrics(jax.block_until_ready(sums), norm, time.monotonic() - began) | {"learning_rate": rate(step)}
+            metrics = _metrics(jax.block_until_ready(sums), norm, time.monotonic() - began) | {
+                "learning_rate": float(jnp.asarray(rate(step)))
+            }
             check_finite(metrics["loss"], step=step, file=directory)
             log.log(step, metrics)
             progress.advance(config.run.log_every, loss=metrics["loss"])
         if (step + 1) % config.run.save_every == 0 or step + 1 == steps:
             checkpoints.save(step + 1, arrays=state, host={"loader": feed.loader.get_state()})
 
-    log.close(), progress.close(), checkpoints.close()
+    for open_file in (log, progress, checkpoints):
+        open_file.close()
+    feed.report_skipped()
     export_policy(policy, state.trainable, directory / "model")
     return directory
 
 
-def make_gradients(policy: Policy) -> Callable[..., Any]:
+def make_gradients(policy: Policy, *, dropout: bool) -> Callable[..., Any]:
     """(earlier or None, trainable, frozen, batch, key) → (summed gradients, TokenSums)."""
-    has_dropout = any(getattr(node, "lora_dropout", 0) for _, node in nnx.iter_graph(policy.graphdef))
 
     def gradients(trainable: nnx.State, frozen: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, TokenSums]:
         def loss(trainable: nnx.State) -> tuple[Array, TokenSums]:
             model = nnx.merge(policy.graphdef, trainable, frozen, copy=True)
-            return next_token_loss(model, batch, key if has_dropout else None)
+            return next_token_loss(model, batch, key if dropout else None)
 
         (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
         return gradients, sums

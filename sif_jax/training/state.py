@@ -30,7 +30,7 @@ def make_apply(
         gradients = jax.tree.map(lambda g: g / jnp.maximum(count, 1), gradients)
         updates, moments = optimizer.update(gradients, state.moments, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        return TrainState(state.step + 1, trainable, moments), optax.global_norm(gradients)
+        return TrainState(state.step + 1, trainable, moments), optax.tree.norm(gradients)
 
     return jax.jit(apply, donate_argnums=0)
 
