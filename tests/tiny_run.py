@@ -24,15 +24,16 @@ DEMO = [
     "tiny_model.vision={depth: 2, hidden_size: 16, intermediate_size: 32, num_heads: 2, window_size: 56}",
 ]
 SMALL = [f"model.max_pixels={MAX_PIXELS}", f"data.buckets.patches=[{PATCHES}]"]
+STEADY = ["epochs=100", "optimizer.warmup_ratio=0", "optimizer.schedule=constant", "run.tensorboard=false"]
 STAGE = {
-    SftConfig: ["data.buckets.tokens=[160]", "batch_size=4", "run.tensorboard=false"],
+    SftConfig: [*STEADY, "data.buckets.tokens=[160]", "batch_size=4"],
     GrpoConfig: [
+        *STEADY,
         "data.buckets.tokens=[56]",
         "prompts_per_step=4",
         "micro_batch=4",
         "num_samples=3",
         "max_new_tokens=8",
-        "run.tensorboard=false",
     ],
     EvalConfig: ["data.buckets.tokens=[56]", "batch_size=8", "max_new_tokens=8"],
 }

@@ -1,0 +1,153 @@
+"""Low-rank adapters: where they go, what they start as, what they compute, and how they are folded in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import sif_jax
+from sif_jax.errors import InputError
+from sif_jax.models.qwen2_5_vl.layers import Linear, LoRAParam
+from sif_jax.models.qwen2_5_vl.lora import add_lora, linear_layers, merge_lora, split_trainable
+from sif_jax.models.qwen2_5_vl.weights import load_model
+from tests.checkpoints import tiny_checkpoint
+from tests.test_rollout import prompts
+
+SETTINGS = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear", "freeze_vision": False}
+
+
+def open_adapted(dtype: str = "float32", seed: int = 0, **changed):
+    model = load_model(tiny_checkpoint(), dtype=dtype)
+    add_lora(model, **{**SETTINGS, **changed}, rngs=nnx.Rngs(params=seed))
+    return model
+
+
+def adapted(model) -> set[str]:
+    return {name for name, layer in linear_layers(model) if layer.lora_a is not None}
+
+
+def fill(model, seed: int = 1) -> None:
+    """As if the adapters had been trained: B is no longer zero."""
+    for number, (_, layer) in enumerate(linear_layers(model)):
+        if layer.lora_b is not None:
+            shape = layer.lora_b[...].shape
+            layer.lora_b[...] = 0.05 * jax.random.normal(jax.random.key(seed + number), shape)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return jax.tree.map(jnp.asarray, prompts(sif_jax.load(tiny_checkpoint()), ["one image"]))
+
+
+def logits_of(model, batch, key=None):
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def compute(state, batch, key):
+        merged = nnx.merge(graphdef, state)
+        return merged.logits(merged.hidden(batch, key))
+
+    return np.asarray(compute(state, batch, key))
+
+
+def test_all_linear_adapts_every_linear_layer_and_never_the_head_or_the_embeddings():
+    names = adapted(open_adapted())
+    assert {name.rsplit(".", 1)[1] for name in names if name.startswith("decoder.")} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    assert {"vision.blocks.qkv", "vision.blocks.proj", "vision.merger.fc1", "vision.merger.fc2"} <= {
+        name.replace(".attn.", ".") for name in names
+    }
+    assert not any("head" in name or "embed_tokens" in name for name in names)
+
+
+def test_language_and_a_frozen_tower_leave_the_vision_tower_without_adapters():
+    language = adapted(open_adapted(targets="language"))
+    assert language == adapted(open_adapted(freeze_vision=True))
+    assert len(language) == 7
+    assert all(name.startswith("decoder.") for name in language)
+
+
+def test_a_regular_expression_must_match_the_whole_name():
+    chosen = adapted(open_adapted(targets=r"decoder\..*\.(q|v)_proj"))
+    assert {name.rsplit(".", 1)[1] for name in chosen} == {"q_proj", "v_proj"}
+    with pytest.raises(InputError):
+        open_adapted(targets="q_proj")
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_the_names_there_are():
+    with pytest.raises(InputError, match=r"no layer to adapt; got 'attention'.*decoder\..*q_proj.*fix: lora.targets"):
+        open_adapted(targets="attention")
+
+
+def test_new_adapters_change_nothing_and_filled_ones_do(batch):
+    base, model = load_model(tiny_checkpoint()), open_adapted()
+    np.testing.assert_array_equal(logits_of(model, batch), logits_of(base, batch))
+    fill(model)
+    assert np.abs(logits_of(model, batch) - logits_of(base, batch)).max() > 1e-2
+
+
+def test_merged_weights_give_the_same_logits_as_the_adapters(batch):
+    model = open_adapted()
+    fill(model)
+    before = logits_of(model, batch)
+    merge_lora(model)
+    assert adapted(model) == set()
+    real = np.asarray(batch["segments"])[0] > 0
+    # Float32 rounding through seven blocks, in logits up to several units.
+    np.testing.assert_allclose(logits_of(model, batch)[0, real], before[0, real], rtol=1e-5, atol=2e-5)
+
+
+def test_dropout_needs_a_key_and_differs_between_keys(batch):
+    model, still = open_adapted(dropout=0.5), open_adapted()
+    fill(model), fill(still)
+    first, second = jax.random.key(0), jax.random.key(1)
+    np.testing.assert_array_equal(logits_of(model, batch), logits_of(still, batch))
+    np.testing.assert_array_equal(logits_of(model, batch, first), logits_of(model, batch, first))
+    assert (logits_of(model, batch, first) != logits_of(model, batch, second)).any()
+    assert (logits_of(model, batch, first) != logits_of(still, batch)).any()
+
+
+def test_a_bfloat16_base_keeps_float32_adapters():
+    model = open_adapted(dtype="bfloat16")
+    _, trainable, frozen = split_trainable(model, lora=True, freeze_vision=False)
+    assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype("bfloat16")}
+    assert len(jax.tree.leaves(trainable)) == 2 * len(adapted(model))
+
+
+def test_the_first_factor_is_uniform_within_the_bound_of_peft_and_follows_the_seed():
+    one, same, other = (dict(linear_layers(open_adapted(seed=seed))) for seed in (0, 0, 1))
+    for name, layer in one.items():
+        a = np.asarray(layer.lora_a[...])
+        bound = a.shape[-2] ** -0.5
+        assert 0.8 * bound < np.abs(a).max() <= bound
+        np.testing.assert_array_equal(a, same[name].lora_a[...])
+        assert (a != np.asarray(other[name].lora_a[...])).any()
+
+
+def test_a_layer_and_its_gradients_equal_a_torch_transcription():
+    rng = np.random.default_rng(0)
+    x, w, b, a, low, upstream = (
+        rng.normal(size=shape).astype(np.float32) for shape in ((5, 6), (6, 4), (4,), (6, 2), (2, 4), (5, 4))
+    )
+    layer = Linear(6, 4, bias=True, name="q_proj", dtype=jnp.float32, rngs=nnx.Rngs(0))
+    layer.kernel[...], layer.bias[...] = jnp.asarray(w), jnp.asarray(b)
+    layer.lora_a, layer.lora_b = nnx.data(LoRAParam(jnp.asarray(a))), nnx.data(LoRAParam(jnp.asarray(low)))
+    layer.lora_scale = 16 / 2
+    graphdef, factors, rest = nnx.split(layer, LoRAParam, ...)
+
+    def loss(factors, x):
+        return jnp.sum(nnx.merge(graphdef, factors, rest)(x) * upstream)
+
+    value, (factor_gradients, x_gradient) = jax.value_and_grad(loss, argnums=(0, 1))(factors, jnp.asarray(x))
+    tensors = [torch.tensor(array, requires_grad=True) for array in (x, a, low)]
+    tx, ta, tb = tensors
+    expected = ((tx @ torch.tensor(w) + torch.tensor(b) + (16 / 2) * (tx @ ta @ tb)) * torch.tensor(upstream)).sum()
+    expected.backward()
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
+    ours = (x_gradient, factor_gradients["lora_a"][...], factor_gradients["lora_b"][...])
+    for gradient, tensor in zip(ours, tensors, strict=True):
+        np.testing.assert_allclose(gradient, tensor.grad.numpy(), rtol=1e-4, atol=1e-4)
