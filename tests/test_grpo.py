@@ -1,0 +1,189 @@
+"""GRPO-SIF as a whole: what is rewarded becomes likelier, micro-batches change nothing, a cut run resumes bit for bit."""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sif_jax.config import GrpoConfig
+from sif_jax.data.feed import open_feed
+from sif_jax.rollout.sampling import sample_keys
+from sif_jax.training import feedback, grpo
+from sif_jax.training.checkpoint import Checkpoints
+from sif_jax.training.metrics import MetricsLog, read_metrics
+from sif_jax.training.policy import completion_logprobs
+from sif_jax.training.policy_files import open_policy
+from tests.test_sft import interrupt
+from tests.tiny_run import assert_same_weights, changed_weights, measured, tiny_config, weights
+
+
+def config(root, *overrides: str) -> GrpoConfig:
+    return tiny_config(GrpoConfig, root, *overrides)
+
+
+def train(root, *overrides: str):
+    return grpo.train(config(root, *overrides))
+
+
+def opinion(completion: str, record) -> float:
+    """A judge with an opinion on any text, as a random model never answers well."""
+    return zlib.crc32(f"{completion}{record.problem}".encode()) % 1000 / 1000
+
+
+@pytest.fixture(autouse=True)
+def judged(monkeypatch):
+    """Replaces the judge; every call's scores are kept."""
+    calls = []
+
+    def judge(completions, records):
+        calls.append(np.array([opinion(*pair) for pair in zip(completions, records, strict=True)]))
+        return calls[-1]
+
+    monkeypatch.setattr(feedback, "judge_completions", judge)
+    return calls
+
+
+@pytest.fixture
+def visits(monkeypatch):
+    """(prompt ids, previous means, answer rewards) of every rollout."""
+    seen, original = [], grpo.judge_rollout
+
+    def watched(rollout, feed, ids, previous_means, processor, config):
+        result = original(rollout, feed, ids, previous_means, processor, config)
+        seen.append((ids, np.array(previous_means), result.scores.answer.reshape(rollout.lengths.shape)))
+        return result
+
+    monkeypatch.setattr(grpo, "judge_rollout", watched)
+    return seen
+
+
+def test_a_step_makes_the_better_samples_likelier_and_the_worse_ones_less_likely(tmp_path):
+    settings = config(tmp_path, "kl_beta=0")
+    policy = open_policy(settings.model, lora=None, freeze_vision=True, seed=0)
+    feed = open_feed(
+        settings.data,
+        settings.prompt,
+        policy.processor,
+        policy.config.vision,
+        target="none",
+        batch_size=settings.prompts_per_step,
+    )
+    prompts = next(feed.loader)
+    batch = jax.tree.map(jnp.asarray, prompts.arrays)
+    ids = np.array([index for (index,) in prompts.records])
+    keys = sample_keys(settings.run.seed, 0, ids, settings.num_samples)
+    rollout, features = grpo.sample(policy, (policy.trainable, policy.frozen), batch, keys, settings)
+    shape = rollout.lengths.shape
+    advantages = np.broadcast_to(np.array([1.0, 0.0, -1.0], np.float32), shape)
+    groups = grpo.Groups(
+        batch,
+        features,
+        rollout.ids,
+        rollout.logprobs,
+        jnp.arange(settings.max_new_tokens)[None, None] < rollout.lengths[..., None],
+        jnp.asarray(advantages),
+        jnp.ones(shape, bool),
+    )
+    reference = grpo.reference_policy(policy, settings)
+    gradients, sums = grpo.make_gradients(policy, settings)(
+        None, policy.trainable, policy.frozen, reference, groups, jax.random.key(0)
+    )
+    assert float(sums.policy.clipped) == float(sums.policy.kl) == 0
+
+    @jax.jit
+    def likelihood(trainable):
+        model = nnx.merge(policy.graphdef, trainable, policy.frozen, copy=True)
+        logprobs, _ = completion_logprobs(model, groups.batch, features, rollout.ids, temperature=1.0)
+        return jnp.sum(logprobs * groups.token_mask, axis=-1)
+
+    stepped = jax.tree.map(lambda w, g: w - 0.05 * g, policy.trainable, gradients)
+    gain = np.asarray(likelihood(stepped) - likelihood(policy.trainable))
+    assert (gain[:, 0] > gain[:, 2]).all()
+    assert gain[:, 0].mean() > 0 > gain[:, 2].mean()
+
+
+def test_on_policy_nothing_is_clipped_and_the_kl_starts_at_zero(tmp_path):
+    first, second = read_metrics(train(tmp_path, "max_steps=2", "optimizer.learning_rate=1.0e-2"))
+    assert first["kl"] == 0
+    assert second["kl"] > 0
+    assert first["clip_fraction"] == second["clip_fraction"] == 0
+    assert first["grad_norm"] > 0
+    assert first["judge"] == pytest.approx(0.5, abs=0.35)
+
+
+def test_the_size_of_a_micro_batch_changes_nothing(tmp_path):
+    update = ["max_steps=1", "optimizer.eps=1.0", "optimizer.learning_rate=1.0"]
+    whole = train(tmp_path / "whole", "micro_batch=4", *update)
+    halves = train(tmp_path / "halves", "micro_batch=2", *update)
+    one, other = read_metrics(whole)[0], read_metrics(halves)[0]
+    assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+    expected = weights(whole)
+    assert len(changed_weights(whole)) > 10
+    for name, value in weights(halves).items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-5, err_msg=name)
+
+
+def test_several_updates_on_one_rollout_leave_the_policy_it_was_sampled_from(tmp_path):
+    once = train(tmp_path / "1", "max_steps=1", "optimizer.learning_rate=1.0e-2")
+    twice = train(tmp_path / "2", "max_steps=1", "optimizer.learning_rate=1.0e-2", "updates_per_rollout=2")
+    assert read_metrics(once)[0]["kl"] == 0
+    assert read_metrics(twice)[0]["kl"] > 0, "measured at the second update, one step away from the reference"
+    assert any((weights(once)[name] != weights(twice)[name]).any() for name in changed_weights(twice))
+
+
+@pytest.mark.parametrize("freeze_vision", [True, False])
+def test_a_frozen_tower_stays_bit_identical(tmp_path, freeze_vision):
+    changed = changed_weights(train(tmp_path, f"freeze_vision={str(freeze_vision).lower()}", "max_steps=1"))
+    assert {name.split(".")[0] for name in changed} == {"model"} | (set() if freeze_vision else {"visual"})
+
+
+def test_the_reference_of_adapters_is_the_base(tmp_path):
+    run = train(tmp_path, "lora={rank: 2}", "max_steps=2", "optimizer.learning_rate=1.0e-2")
+    assert [row["kl"] > 0 for row in read_metrics(run)] == [False, True]
+    assert all("proj" in name for name in changed_weights(run))
+
+
+EPOCHS = ["data.limit=4", "max_steps=3", "run.save_every=2"]  # every step visits all four prompts
+
+
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory):
+    root = tmp_path_factory.mktemp("three")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feedback, "judge_completions", lambda *both: np.array([opinion(*x) for x in zip(*both)]))
+        return train(root, *EPOCHS)
+
+
+def test_the_progress_bonus_compares_with_the_raw_mean_of_the_visit_before(tmp_path, judged, visits):
+    train(tmp_path, *EPOCHS)
+    before: dict[int, float] = {}
+    for scores, (ids, previous, answers) in zip(judged, visits, strict=True):
+        raw = scores.reshape(answers.shape)
+        assert sorted(ids) == [0, 1, 2, 3]
+        for row, prompt in enumerate(ids.tolist()):
+            bonus = raw[row] - before[prompt] if prompt in before else 0
+            np.testing.assert_allclose(answers[row], raw[row] + bonus, atol=1e-6)
+            assert np.isnan(previous[row]) == (prompt not in before)
+            before[prompt] = float(np.float32(raw[row].mean()))
+
+
+@pytest.mark.parametrize(
+    ("cls", "method", "step", "logged"),
+    [(MetricsLog, "log", 2, 2), (Checkpoints, "save", 3, 3), (MetricsLog, "log", 1, 1)],
+)
+def test_a_run_that_was_cut_resumes_bit_for_bit(tmp_path, monkeypatch, visits, three_steps, cls, method, step, logged):
+    run = config(tmp_path, *EPOCHS)
+    with monkeypatch.context() as patch:
+        interrupt(patch, cls, method, step)
+        with pytest.raises(KeyboardInterrupt):
+            grpo.train(run)
+    assert len(read_metrics(run.run.directory)) == logged
+    visits.clear()
+    resumed = measured(grpo.train(run))
+    assert [row["step"] for row in resumed] == [0, 1, 2]
+    assert resumed == measured(three_steps)
+    assert_same_weights(run.run.directory, three_steps)
+    assert np.isnan(visits[0][1]).all() == (step == 1), "the means of the visits before the checkpoint are restored"
