@@ -212,7 +212,18 @@ class SftConfig(TrainConfig):
     )
     batch_size: PositiveInt = Field(default=16, description="rows per micro-step, over the whole job")
     accumulation: PositiveInt = Field(default=1, description="micro-steps per optimizer step")
-    packing: bool = Field(default=False, description="put several examples in one row")
+    packing: bool = Field(default=False, description="put several examples in one row; needs max_steps")
+
+    @model_validator(mode="after")
+    def _packing_has_an_end(self) -> SftConfig:
+        if self.packing and self.max_steps is None:
+            raise InputError(
+                "how many rows packing makes is not known beforehand",
+                value="packing=true",
+                expected="max_steps",
+                fix="set max_steps, about a half to a quarter of records x epochs / (batch_size x accumulation)",
+            )
+        return self
 
 
 class GrpoConfig(TrainConfig):

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from sif_jax.config import GrpoConfig
 from sif_jax.data.feed import open_feed
 from sif_jax.models.qwen2_5_vl.model import Batch
-from sif_jax.parallel.mesh import data_mesh, replicate, shard_rows
+from sif_jax.parallel.mesh import data_mesh, replicate, shard_groups
 from sif_jax.progress import Progress
 from sif_jax.rollout.engine import Rollout, encode_images, generate
 from sif_jax.rollout.sampling import Sampling, sample_keys
@@ -84,8 +84,9 @@ def train(config: GrpoConfig) -> Path:
     for step in range(start, steps):
         began, prompts = time.monotonic(), next(feed.loader)
         ids = np.array([index for (index,) in prompts.records])
-        batch = shard_rows(prompts.arrays, mesh)
-        rollout, features = sample(policy, (state.trainable, frozen), batch, ids, step, config)
+        keys = sample_keys(config.run.seed, step, ids, config.num_samples)
+        batch, keys = shard_groups(prompts.arrays, keys, mesh)
+        rollout, features = sample(policy, (state.trainable, frozen), batch, keys, config)
         sampled = time.monotonic()
         feedback = judge_rollout(rollout, feed, ids, previous_means[ids], policy.processor, config)
         previous_means[ids] = feedback.group_means
@@ -118,12 +119,7 @@ def train(config: GrpoConfig) -> Path:
 
 
 def sample(
-    policy: Policy,
-    states: tuple[nnx.State, ...],
-    batch: Batch,
-    ids: Int[np.ndarray, " P"],
-    step: int,
-    config: GrpoConfig,
+    policy: Policy, states: tuple[nnx.State, ...], batch: Batch, keys: Key[Array, "P M"], config: GrpoConfig
 ) -> tuple[Rollout, Shaped[Array, "P I D"]]:
     """N completions of every prompt, and the image features they saw."""
     processor = policy.processor
@@ -136,7 +132,6 @@ def sample(
         top_p=config.top_p,
     )
     features = encode_images(policy.graphdef, states, batch)
-    keys = sample_keys(config.run.seed, step, ids, config.num_samples)
     rollout = generate(policy.graphdef, states, batch, features, keys, sampling=sampling, pad_id=processor.pad_id)
     return jax.block_until_ready(rollout), features
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,6 @@ from flax import nnx
 from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.layers import Linear, LoRAParam
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
-
-Path = tuple[str, ...]
 
 
 def linear_layers(model: Qwen2_5_VL) -> Iterator[tuple[str, Linear]]:
@@ -76,8 +75,9 @@ def merge_lora(model: Qwen2_5_VL) -> None:
 def split_trainable(model: Qwen2_5_VL, *, lora: bool, freeze_vision: bool) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """(graphdef, trainable, frozen): the adapters, or without LoRA every weight, minus the vision tower if it is frozen."""
 
-    def trainable(path: Path, value: object) -> bool:
+    def trainable(path: Any, value: Any) -> bool:
         is_adapter = isinstance(value, LoRAParam) or getattr(value, "type", None) is LoRAParam
         return is_adapter == lora and not (freeze_vision and path[0] == "vision")
 
-    return nnx.split(model, trainable, ...)
+    graphdef, trained, frozen = nnx.split(model, trainable, ...)
+    return graphdef, trained, frozen

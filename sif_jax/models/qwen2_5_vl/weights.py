@@ -26,9 +26,13 @@ from sif_jax.models.qwen2_5_vl.layers import LoRAParam
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from sif_jax.ops.scan import Remat
 
+PathParts = tuple[Any, ...]  # flax.typing has it too, but its protocol cannot be checked at run time
 SHARD_BYTES = 5 * 10**9
-STACKS = {("decoder", "layers"): "model.layers.{layer}", ("vision", "blocks"): "visual.blocks.{layer}"}
-RENAMED = {
+STACKS: dict[PathParts, str] = {
+    ("decoder", "layers"): "model.layers.{layer}",
+    ("vision", "blocks"): "visual.blocks.{layer}",
+}
+RENAMED: dict[PathParts, str] = {
     ("embed_tokens",): "model.embed_tokens",
     ("lm_head",): "lm_head",
     ("decoder", "norm"): "model.norm",
@@ -52,17 +56,17 @@ class Tensor(NamedTuple):
     to_theirs: Callable[[np.ndarray], np.ndarray]
 
 
-def checkpoint_tensors(config: Qwen2_5_VLConfig, state: nnx.State) -> dict[tuple[str, ...], Tensor]:
+def checkpoint_tensors(config: Qwen2_5_VLConfig, state: nnx.State) -> dict[PathParts, Tensor]:
     """The tensors of a checkpoint, by our parameter path."""
     return {path: _tensor(config, path, leaf.shape) for path, leaf in nnx.to_flat_state(state)}
 
 
-def _tensor(config: Qwen2_5_VLConfig, path: tuple[str, ...], shape: tuple[int, ...]) -> Tensor:
+def _tensor(config: Qwen2_5_VLConfig, path: PathParts, shape: tuple[int, ...]) -> Tensor:
     stacked = path[:2] in STACKS
     inner = shape[1:] if stacked else shape
     leaf = "bias" if path[-1] == "bias" else "weight"
     if stacked:
-        parts = [ATTENTION.get(part, part) for part in path[2:-1]]
+        parts = [ATTENTION.get(str(part), str(part)) for part in path[2:-1]]
         template = ".".join([STACKS[path[:2]], *parts, leaf])
         names = tuple(template.format(layer=layer) for layer in range(shape[0]))
     else:
