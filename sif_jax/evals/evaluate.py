@@ -93,7 +93,7 @@ def _samples(
     finished = np.asarray(rollout.finished)[:, 0]
     return [
         {
-            "id": str(index + 1),
+            "id": str(feed.file.rows[index]),
             "scene": str(record.extra.get("scene", record.image)),
             "family": str(record.extra.get("family", record.dataset)),
             "image": _relative(feed.file.image_root / record.image, directory),
