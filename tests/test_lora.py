@@ -96,8 +96,8 @@ def test_merged_weights_give_the_same_logits_as_the_adapters(batch):
     merge_lora(model)
     assert adapted(model) == set()
     real = np.asarray(batch["segments"])[0] > 0
-    # Float32 rounding through seven blocks, in logits up to several units.
-    np.testing.assert_allclose(logits_of(model, batch)[0, real], before[0, real], rtol=1e-5, atol=2e-5)
+    # The weights of this checkpoint (std 0.2) amplify float32 rounding; the adapters move the logits by more than 1e-2.
+    np.testing.assert_allclose(logits_of(model, batch)[0, real], before[0, real], atol=1e-4)
 
 
 def test_dropout_needs_a_key_and_differs_between_keys(batch):

@@ -15,11 +15,9 @@ from sif_jax.training.metrics import MetricsLog, read_metrics
 from tests.conftest import ROOT
 from tests.tiny_run import assert_same_weights, changed_weights, measured, tiny_config, tiny_files, weights
 
-STEADY = ["optimizer.warmup_ratio=0", "optimizer.schedule=constant"]
-
 
 def config(root, *overrides: str) -> SftConfig:
-    return tiny_config(SftConfig, root, *STEADY, *overrides)
+    return tiny_config(SftConfig, root, *overrides)
 
 
 def train(root, *overrides: str):
