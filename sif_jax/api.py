@@ -55,7 +55,11 @@ def load(
     model = open_model(config)
     graphdef, state = nnx.split(model)
     return VLM(
-        open_processor(config), model.config, graphdef, state if mesh is None else replicate(state, mesh), model_directory(path)
+        open_processor(config),
+        model.config,
+        graphdef,
+        state if mesh is None else replicate(state, mesh),
+        model_directory(path),
     )
 
 

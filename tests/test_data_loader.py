@@ -123,6 +123,16 @@ def test_a_bad_record_is_refused_with_what_to_do(chat, image_root, changes, mess
 # Batches
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"gold_boxes": ()}, "no gold boxes; fix: leave it out"), ({"frame": "pixel"}, "wrong frame; got 'pixel'")],
+)
+def test_a_prompt_whose_completions_could_not_be_scored_is_refused(chat, image_root, changes, message):
+    ExampleEncoder([record(**changes)], image_root, chat, "cot")(0)
+    with pytest.raises(InputError, match=message):
+        ExampleEncoder([record(**changes)], image_root, chat, "none")(0)
+
+
 def test_a_batch_is_the_smallest_buckets_that_hold_its_longest_row():
     batch = collator()([[example(3, text=9, grids=[(4, 6)], targets=2)], [example(5, text=3)]])
     shapes = {name: array.shape for name, array in batch.arrays.items()}

@@ -58,6 +58,7 @@ class ExampleEncoder:
         text = user_text(record.problem, self.depth_input, self.with_depth_words)
         messages = messages_with_images([{"role": "user", "content": text}], self._images(record))
         if self.target == "none":
+            _check_can_be_scored(record)
             encoded = self.chat.encode(messages)
             loss_mask = np.zeros(len(encoded.tokens), np.float32)
         else:
@@ -89,3 +90,17 @@ class ExampleEncoder:
                 "the record has no chain of thought", fix="set target=answer, or add the assistant message"
             )
         return record.completion
+
+
+def _check_can_be_scored(record: Record) -> None:
+    if not record.gold_boxes:
+        raise InputError(
+            "the record has no gold boxes", fix="leave it out of reinforcement learning and evaluation, or annotate it"
+        )
+    if record.frame != "normalised":
+        raise InputError(
+            "gold boxes are in the wrong frame",
+            value=record.frame,
+            expected="normalised",
+            fix="convert them with sif_jax.sif.boxes",
+        )

@@ -216,7 +216,7 @@ def _check_records(records: Sequence[Record]) -> None:
                 row=row,
                 value=record.frame,
                 expected="normalised",
-                fix="convert the file with `sif-jax data convert`",
+                fix="convert its boxes with sif_jax.sif.boxes",
             )
         if not 0 < len(record.gold_boxes) <= MAX_BOXES:
             raise InputError(

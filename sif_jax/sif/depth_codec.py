@@ -92,7 +92,9 @@ def decode_depth(image: Integer[np.ndarray, "h w *channel"]) -> Float[np.ndarray
         return (1 - rgb.mean(axis=-1) / 255).astype(np.float32)
     packed = (rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]).ravel()
     colours, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
-    distances, indices = map(np.asarray, _NEAREST.query(np.stack([colours >> 16, colours >> 8 & 255, colours & 255], -1)))
+    distances, indices = map(
+        np.asarray, _NEAREST.query(np.stack([colours >> 16, colours >> 8 & 255, colours & 255], -1))
+    )
     mean_distance = float(distances @ counts / counts.sum())
     if mean_distance > _MAX_COLOUR_DISTANCE:
         raise InputError(
