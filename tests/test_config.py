@@ -73,11 +73,24 @@ def test_overrides_win_over_the_file_and_are_read_as_yaml(tmp_path):
     path = tmp_path / "sft.yaml"
     path.write_text("run: {name: a, seed: 1}\nmodel: {path: m}\ndata: {path: d}\noptimizer: {learning_rate: 0.5}\n")
     config = load_config(
-        SftConfig, path, ["run.seed=7", "packing=true", "lora.rank=4", "data.buckets.tokens=[8, 16]", "max_steps=null"]
+        SftConfig,
+        path,
+        ["run.seed=7", "packing=true", "max_steps=5", "lora.rank=4", "data.buckets.tokens=[8, 16]", "data.limit=null"],
     )
-    assert (config.run.name, config.run.seed, config.packing, config.max_steps) == ("a", 7, True, None)
+    assert (config.run.name, config.run.seed, config.packing, config.max_steps, config.data.limit) == (
+        "a",
+        7,
+        True,
+        5,
+        None,
+    )
     assert config.lora is not None
     assert (config.lora.rank, config.data.buckets.tokens) == (4, (8, 16))
+
+
+def test_packing_without_an_end_is_refused():
+    with pytest.raises(InputError, match=r"packing=true.*max_steps"):
+        load_config(SftConfig, None, [*SFT, "packing=true"])
 
 
 @given(st.text(min_size=1).filter(lambda text: text != "null"))

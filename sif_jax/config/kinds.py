@@ -319,10 +319,10 @@ class ScenesBuildConfig(Config):
 
 class TinyVisionConfig(Config):
     depth: PositiveInt = Field(default=2, description="vision blocks")
-    hidden_size: PositiveInt = Field(default=32, description="width of the vision tower")
-    intermediate_size: PositiveInt = Field(default=64, description="width of its feed-forward layers")
+    hidden_size: PositiveInt = Field(default=96, description="width of the vision tower")
+    intermediate_size: PositiveInt = Field(default=192, description="width of its feed-forward layers")
     num_heads: PositiveInt = Field(default=2, description="attention heads of the vision tower")
-    window_size: PositiveInt = Field(default=112, description="side of an attention window, pixels; 28 divides")
+    window_size: PositiveInt = Field(default=56, description="side of an attention window, pixels; 28 divides")
     fullatt_block_indexes: tuple[NonNegativeInt, ...] = Field(
         default=(1,), description="blocks that attend to whole images"
     )
@@ -338,13 +338,13 @@ class TinyVisionConfig(Config):
 
 
 class TinyModelConfig(Config):
-    vocab_size: PositiveInt = Field(default=1024, description="tokens of the tokenizer trained on the demo's own text")
-    hidden_size: PositiveInt = Field(default=64, description="width of the decoder")
-    intermediate_size: PositiveInt = Field(default=128, description="width of its feed-forward layers")
-    num_hidden_layers: PositiveInt = Field(default=2, description="decoder layers")
-    num_attention_heads: PositiveInt = Field(default=4, description="query heads")
-    num_key_value_heads: PositiveInt = Field(default=2, description="key and value heads")
-    max_pixels: PositiveInt = Field(default=12544, description="largest image, pixels")
+    vocab_size: PositiveInt = Field(default=512, description="tokens of the tokenizer trained on the demo's own text")
+    hidden_size: PositiveInt = Field(default=128, description="width of the decoder")
+    intermediate_size: PositiveInt = Field(default=384, description="width of its feed-forward layers")
+    num_hidden_layers: PositiveInt = Field(default=3, description="decoder layers")
+    num_attention_heads: PositiveInt = Field(default=2, description="query heads")
+    num_key_value_heads: PositiveInt = Field(default=1, description="key and value heads")
+    max_pixels: PositiveInt = Field(default=11760, description="largest image, pixels")
     vision: TinyVisionConfig = TinyVisionConfig()
 
     @model_validator(mode="after")
@@ -355,9 +355,9 @@ class TinyModelConfig(Config):
 
 
 class DemoScenesConfig(Config):
-    sft: PositiveInt = Field(default=256, description="scenes to fine-tune on")
-    grpo: PositiveInt = Field(default=16, description="scenes to reinforce on")
-    test: PositiveInt = Field(default=32, description="scenes held out")
+    sft: PositiveInt = Field(default=1400, description="scenes to fine-tune on")
+    grpo: PositiveInt = Field(default=54, description="scenes to reinforce on")
+    test: PositiveInt = Field(default=200, description="scenes held out")
     questions_per_scene: PositiveInt = Field(default=4, description="questions about each scene, of different families")
     sizes_px: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
         default=((224, 168), (168, 224), (280, 168)), description="(width, height) of the pictures; 56 divides"
