@@ -101,7 +101,8 @@ class VLM:
         if num_samples < 1:
             raise InputError("nothing to sample", value=num_samples, expected="num_samples >= 1")
         processor = self.processor
-        sampling = Sampling(max_new_tokens, processor.eos_ids, processor.forbidden_ids, temperature, top_k, top_p)
+        forbidden = processor.forbidden_ids(self.config.text.vocab_size)
+        sampling = Sampling(max_new_tokens, processor.eos_ids, forbidden, temperature, top_k, top_p)
         batch, states = self._batch(self.encode(messages)), (self.state,)
         keys = sample_keys(seed, 0, np.zeros(1, np.int32), num_samples)
         features = encode_images(self.graphdef, states, batch)

@@ -101,7 +101,8 @@ def test_forbidden_tokens_are_never_drawn_and_logprobs_stay_those_of_the_whole_s
     )
     assert int(tokens[0, 0]) == 0
     np.testing.assert_allclose(logprobs[0, 0], jax.nn.log_softmax(logits[0, 0])[0])
-    forbidden = vlm.processor.forbidden_ids
+    forbidden = vlm.processor.forbidden_ids(vlm.config.text.vocab_size)
+    assert set(range(len(vlm.processor.tokenizer), 320)) < set(forbidden)  # rows of the table that no token has
     assert vlm.processor.ids.image_pad in forbidden
     _, _, rollout = rollout_of(vlm, forbidden_ids=forbidden, temperature=3.0)
     assert not np.isin(np.asarray(rollout.ids), forbidden).any()

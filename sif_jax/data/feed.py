@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from sif_jax.sif.depth_codec import read_depth
 from sif_jax.sif.record import Record, RecordFile, read_records
 
 SKIPPED_SHOWN = 5
+DEPTH_MAPS_KEPT = 512  # a map of 512 x 512 pixels takes 1 MB
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Feed:
         return [None if path is None else _read_once(self.file.image_root / path) for path in paths]
 
 
-_read_once = cache(read_depth)
+_read_once = lru_cache(maxsize=DEPTH_MAPS_KEPT)(read_depth)
 
 
 def open_feed(

@@ -42,11 +42,17 @@ def evaluate(config: EvalConfig) -> Path:
         epochs=1,
         shuffle=False,
     )
+    sampling = Sampling(
+        max_new_tokens=config.max_new_tokens,
+        stop_ids=processor.eos_ids,
+        forbidden_ids=processor.forbidden_ids(model.config.text.vocab_size),
+        temperature=config.temperature,
+    )
     graphdef, state = nnx.split(model)
     progress = Progress(f"eval {config.run.name}", -(-len(feed.records) // config.batch_size))
     samples = []
     for batch in feed.loader:
-        rollout = _answer(graphdef, state, batch, processor, config)
+        rollout = _answer(graphdef, state, batch, sampling, seed=config.run.seed, pad_id=processor.pad_id)
         samples += _samples(rollout, batch, feed, processor, directory)
         progress.advance()
     progress.close()
@@ -67,18 +73,12 @@ def evaluate(config: EvalConfig) -> Path:
 
 
 def _answer(
-    graphdef: nnx.GraphDef, state: nnx.State, batch: Batch, processor: ChatProcessor, config: EvalConfig
+    graphdef: nnx.GraphDef, state: nnx.State, batch: Batch, sampling: Sampling, *, seed: int, pad_id: int
 ) -> Rollout:
-    sampling = Sampling(
-        max_new_tokens=config.max_new_tokens,
-        stop_ids=processor.eos_ids,
-        forbidden_ids=processor.forbidden_ids,
-        temperature=config.temperature,
-    )
     ids = np.array([row[0] if row else 0 for row in batch.records], np.int32)
     features = encode_images(graphdef, (state,), batch.arrays)
-    keys = sample_keys(config.run.seed, 0, ids, 1)
-    return generate(graphdef, (state,), batch.arrays, features, keys, sampling=sampling, pad_id=processor.pad_id)
+    keys = sample_keys(seed, 0, ids, 1)
+    return generate(graphdef, (state,), batch.arrays, features, keys, sampling=sampling, pad_id=pad_id)
 
 
 def _samples(

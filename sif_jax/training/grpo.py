@@ -126,7 +126,7 @@ def sample(
     sampling = Sampling(
         max_new_tokens=config.max_new_tokens,
         stop_ids=processor.eos_ids,
-        forbidden_ids=processor.forbidden_ids,
+        forbidden_ids=processor.forbidden_ids(policy.config.text.vocab_size),
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,

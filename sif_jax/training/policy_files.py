@@ -42,12 +42,15 @@ def open_policy(config: ModelConfig, *, lora: LoraConfig | None, freeze_vision: 
 
 
 def export_policy(policy: Policy, trainable: Any, directory: Path) -> None:
-    """Write the trained model, adapters merged, beside the run; an earlier export is replaced."""
+    """Write the trained model, adapters merged, with the run's pixel limits; an earlier export stays until it is done."""
     model = nnx.merge(policy.graphdef, *jax.tree.map(lambda x: x, (trainable, policy.frozen)))
     merge_lora(model)
+    new = directory.with_name(directory.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    save_model(model, new, source=policy.source)
+    policy.processor.image_processor.save(new)
     shutil.rmtree(directory, ignore_errors=True)
-    save_model(model, directory, source=policy.source)
-    policy.processor.image_processor.save(directory)
+    new.rename(directory)
 
 
 def check_finite(loss: float, *, step: int, file: Path) -> None:

@@ -79,15 +79,11 @@ class ChatProcessor:
     def eos_ids(self) -> tuple[int, ...]:
         return self.ids.im_end, self.ids.endoftext
 
-    @property
-    def forbidden_ids(self) -> tuple[int, ...]:
-        """Control tokens that a sampler must never emit: every added token but the ends of a completion."""
-        return tuple(sorted(set(self.tokenizer.added_tokens_decoder) - set(self.eos_ids)))
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids with a meaning; a model's embedding table may be longer, and those rows are never sampled."""
-        return len(self.tokenizer)
+    def forbidden_ids(self, vocab_size: int) -> tuple[int, ...]:
+        """What a sampler must never emit: every added token but the ends of a completion, and rows of the embedding table
+        (`vocab_size` of them) that no token has."""
+        added = set(self.tokenizer.added_tokens_decoder) - set(self.eos_ids)
+        return tuple(sorted(added | set(range(len(self.tokenizer), vocab_size))))
 
     def encode(self, messages: Messages, *, add_generation_prompt: bool = True) -> Encoded:
         """
