@@ -1,7 +1,7 @@
 """Let the C allocator keep what it has freed (host).
 
-glibc maps every large block anew and gives it back when freed, so on CPU each large temporary of XLA is paged in again,
-zeroed by the kernel: adding 1 to 42 MB takes 23 ms instead of 4, and a training step twice as long.
+glibc maps every large block anew and gives it back when freed, so on CPU each large temporary of XLA is paged in again and
+zeroed by the kernel: adding 1 to 42 MB takes 23 ms instead of 4 (2 cores of an AMD EPYC, 2026-11-23).
 """
 
 from __future__ import annotations
