@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,6 +90,7 @@ def _command(group: click.Group, name: str, kind: type[Kind]) -> Callable[[Calla
                 click.echo(config_text(config), nl=False)
             else:
                 keep_freed_memory()
+                os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is meant so
                 function(config, **options)
 
         run = click.option("--print-config", is_flag=True, help="Print the whole config as YAML and exit.")(run)
