@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from sif_jax.models.qwen2_5_vl.model import Batch, Qwen2_5_VL
 from sif_jax.ops.loss import chunked_logprobs
+from sif_jax.rollout.engine import next_positions
 
 
 class TokenSums(NamedTuple):
@@ -44,8 +45,7 @@ def completion_logprobs(
     """
     prompts, samples, length = ids.shape
     real = batch["segments"] > 0
-    start = jnp.max(jnp.where(real[..., None], batch["positions"], -1), axis=(1, 2)) + 1
-    positions = start[:, None] + jnp.arange(length)[None]
+    positions = next_positions(batch)[:, None] + jnp.arange(length)[None]
     positions = jnp.broadcast_to(positions[:, None, :, None], (prompts, samples, length, 3))
     prompt_hidden, hidden = model.decoder.group_forward(
         model.embed_prompt(batch, features, key),
