@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-all check env env-test clean
+.PHONY: demo test test-all parity check env env-test clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sif-jax demo configs/demo/demo.yaml
@@ -13,6 +13,9 @@ test: check
 
 test-all: check
 	$(PYTEST) -n 2 --dist loadgroup
+
+parity: $(VENV)/.test
+	$(PYTEST) -n 2 --dist loadgroup -q --measured tests/test_*parity.py tests/test_peft.py
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -28,3 +28,28 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real annotation files are not beside this checkout ({SHARED_DATA})")
     return SHARED_DATA
+
+
+@pytest.fixture
+def measured(record_property):
+    """Hold a figure to its tolerance, and put both in the table that `make parity` prints."""
+
+    def check(claim: str, value: float, *, at_most: float) -> None:
+        record_property("measured", (claim, float(value), float(at_most)))
+        assert value <= at_most, f"{claim}: {value:.3g}, at most {at_most:.3g}"
+
+    return check
+
+
+def pytest_addoption(parser):
+    parser.addoption("--measured", action="store_true", help="print every figure that a test holds to a tolerance")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("measured"):
+        return
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+    rows = [value for report in reports for name, value in report.user_properties if name == "measured"]
+    terminalreporter.write_line("| what is compared | measured | at most |\n|---|---:|---:|")
+    for claim, value, at_most in sorted(map(tuple, rows)):
+        terminalreporter.write_line(f"| {claim} | {value:.2g} | {at_most:.2g} |")

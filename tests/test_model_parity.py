@@ -14,7 +14,8 @@ import sif_jax
 from sif_jax.config import BucketsConfig
 from sif_jax.data.batch import Collator
 from sif_jax.data.example import Example
-from sif_jax.models.qwen2_5_vl.weights import checkpoint_tensors, hub_name, load_model
+from sif_jax.models.qwen2_5_vl.names import checkpoint_tensors, hub_name
+from sif_jax.models.qwen2_5_vl.weights import load_model
 from sif_jax.training.policy import next_token_loss
 from tests.checkpoints import tiny_checkpoint, torch_model
 

@@ -1,17 +1,17 @@
 """Qwen2.5-VL weights between Hugging Face safetensors and our stacked modules (io).
 
-Names are the hub's (`visual.*`, `model.*`); the transformers 5 spelling (`model.visual.*`, `model.language_model.*`) is read
-too. A stacked parameter [layer, …] is filled from, and written to, one tensor per layer.
+Written with the hub's names; the spelling of transformers 5 is read too. A stacked parameter [layer, …] is filled from, and
+written to, one tensor per layer.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,65 +24,10 @@ from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from sif_jax.models.qwen2_5_vl.layers import LoRAParam
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
+from sif_jax.models.qwen2_5_vl.names import Tensor, checkpoint_tensors, hub_name
 from sif_jax.ops.scan import Remat
 
-PathParts = tuple[Any, ...]  # flax.typing has it too, but its protocol cannot be checked at run time
 SHARD_BYTES = 5 * 10**9
-STACKS: dict[PathParts, str] = {
-    ("decoder", "layers"): "model.layers.{layer}",
-    ("vision", "blocks"): "visual.blocks.{layer}",
-}
-RENAMED: dict[PathParts, str] = {
-    ("embed_tokens",): "model.embed_tokens",
-    ("lm_head",): "lm_head",
-    ("decoder", "norm"): "model.norm",
-    ("vision", "patch_embed"): "visual.patch_embed.proj",
-    ("vision", "merger", "norm"): "visual.merger.ln_q",
-    ("vision", "merger", "fc1"): "visual.merger.mlp.0",
-    ("vision", "merger", "fc2"): "visual.merger.mlp.2",
-}
-ATTENTION = {name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")} | {
-    name: f"attn.{name}" for name in ("qkv", "proj")
-}
-
-
-class Tensor(NamedTuple):
-    """Where one parameter lives in a checkpoint."""
-
-    names: tuple[str, ...]  # one, or one per layer
-    shape: tuple[int, ...]  # of each tensor on disk
-    stacked: bool
-    to_ours: Callable[[np.ndarray], np.ndarray]
-    to_theirs: Callable[[np.ndarray], np.ndarray]
-
-
-def checkpoint_tensors(config: Qwen2_5_VLConfig, state: nnx.State) -> dict[PathParts, Tensor]:
-    """The tensors of a checkpoint, by our parameter path."""
-    return {path: _tensor(config, path, leaf.shape) for path, leaf in nnx.to_flat_state(state)}
-
-
-def _tensor(config: Qwen2_5_VLConfig, path: PathParts, shape: tuple[int, ...]) -> Tensor:
-    stacked = path[:2] in STACKS
-    inner = shape[1:] if stacked else shape
-    leaf = "bias" if path[-1] == "bias" else "weight"
-    if stacked:
-        parts = [ATTENTION.get(str(part), str(part)) for part in path[2:-1]]
-        template = ".".join([STACKS[path[:2]], *parts, leaf])
-        names = tuple(template.format(layer=layer) for layer in range(shape[0]))
-    else:
-        names = (f"{RENAMED[path if path in RENAMED else path[:-1]]}.{leaf}",)
-    if path == ("vision", "patch_embed", "kernel"):
-        vision = config.vision
-        kernel = (inner[1], vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-        return Tensor(names, kernel, stacked, lambda x: x.reshape(inner[1], -1).T, lambda x: x.T.reshape(kernel))
-    if path[-1] in ("kernel", "lm_head"):
-        return Tensor(names, inner[::-1], stacked, np.transpose, np.transpose)
-    return Tensor(names, inner, stacked, np.asarray, np.asarray)
-
-
-def hub_name(name: str) -> str:
-    """The hub's spelling of a tensor name written by transformers 5 in its own layout."""
-    return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
 
 
 def abstract_model(
