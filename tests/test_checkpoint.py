@@ -191,3 +191,12 @@ def test_a_kill_while_saving_leaves_a_usable_checkpoint(tmp_path):
     store.save(step + 1, arrays=restored, host=json.loads(json.dumps(host)))
     assert all(name.isdigit() for name in os.listdir(tmp_path / "c"))
     store.close()
+
+
+def test_a_part_is_read_alone(checkpoints):
+    saved = arrays(0)
+    checkpoints.save(3, arrays=saved, host={})
+    _, restored, _ = checkpoints.restore(3, {"params": arrays(1)["params"]}, partial=True)
+    assert_same_bits(restored["params"], saved["params"])
+    with pytest.raises(InputError, match="the tensor other is not in this checkpoint"):
+        checkpoints.restore(3, {"other": jnp.zeros(1)}, partial=True)

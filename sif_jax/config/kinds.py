@@ -47,12 +47,16 @@ def _check_images_fit(model: ModelConfig, prompt: PromptConfig, buckets: Buckets
 
 
 class ModelConfig(Config):
-    path: str = Field(description="Hugging Face checkpoint directory, or a run directory of ours")
+    path: str = Field(description="Hugging Face checkpoint, PEFT adapter, or a run of ours (a directory)")
+    adapter: str | None = Field(default=None, description="PEFT adapter to lay over it (a directory); null: none")
     dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="storage of the frozen base weights")
     min_pixels: PositiveInt | None = Field(
         default=None, description="smallest image, pixels; null: from the checkpoint"
     )
     max_pixels: PositiveInt | None = Field(default=None, description="largest image, pixels; null: from the checkpoint")
+    other_pixels: bool = Field(
+        default=False, description="allow pixel limits other than those the checkpoint was trained with"
+    )
     remat: Literal["none", "full", "dots"] = Field(
         default="full", description="activations recomputed in the backward pass"
     )
@@ -305,6 +309,19 @@ class GenerateConfig(Config):
                 fix="give depth=FILE, or prompt.depth_input=false",
             )
         return self
+
+
+class ExportConfig(Config):
+    path: str = Field(description="what to export: a run of ours, a Hugging Face checkpoint or a PEFT adapter")
+    out: str = Field(description="directory to write; must not exist")
+    format: Literal["merged", "adapter"] = Field(
+        default="merged", description="a whole Hugging Face model with adapters folded in, or a PEFT adapter alone"
+    )
+    adapter: str | None = Field(default=None, description="PEFT adapter to lay over a Hugging Face checkpoint")
+    step: PositiveInt | None = Field(default=None, description="which checkpoint of a run; null: the latest")
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None, description="dtype of a merged model's weights; null: the run's, or the checkpoint's own"
+    )
 
 
 class ScenesBuildConfig(Config):

@@ -33,7 +33,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
         )
-        handlers = {"arrays": ocp.StandardCheckpointHandler(), "host": ocp.JsonCheckpointHandler()}
+        handlers = {"arrays": ocp.PyTreeCheckpointHandler(), "host": ocp.JsonCheckpointHandler()}
         with _disk_problems(self.directory):
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
@@ -46,14 +46,18 @@ class Checkpoints:
           InputError: the disk is full or read-only; the previous checkpoints are intact.
         """
         flat = _flat(arrays)
-        items = ocp.args.Composite(arrays=ocp.args.StandardSave(flat), host=ocp.args.JsonSave(dict(host)))
+        items = ocp.args.Composite(arrays=ocp.args.PyTreeSave(flat), host=ocp.args.JsonSave(dict(host)))
         with _disk_problems(self.directory):
             if shutil.disk_usage(self.directory).free < sum(leaf.nbytes for leaf in flat.values()):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._manager.save(step, args=items, force=True)
 
-    def restore(self, step: int | None, arrays_like: Any) -> tuple[int, Any, dict[str, Any]]:
+    def restore(
+        self, step: int | None, arrays_like: Any, *, partial: bool = False
+    ) -> tuple[int, Any, dict[str, Any]]:
         """(step, arrays, host) of one step, or of the latest; arrays take the sharding of `arrays_like`.
+
+        `partial` reads those arrays alone and leaves the others of the checkpoint on disk.
 
         Raises:
           InputError: no such checkpoint, an unreadable one, or one of another model (the tensor is named).
@@ -61,8 +65,12 @@ class Checkpoints:
         step = self._existing(step)
         like = {name: _abstract(leaf) for name, leaf in _flat(arrays_like).items()}
         with _damage(self.directory / str(step)):
-            _check_same_tensors(self._saved(step), like, self.directory / str(step))
-            items = ocp.args.Composite(arrays=ocp.args.StandardRestore(like), host=ocp.args.JsonRestore())
+            saved = self._saved(step)
+            wanted = {name: saved[name] for name in saved if name in like or not partial}
+            _check_same_tensors(wanted, like, self.directory / str(step))
+            arguments = ocp.checkpoint_utils.construct_restore_args(like)
+            arrays = ocp.args.PyTreeRestore(item=like, restore_args=arguments, partial_restore=partial)
+            items = ocp.args.Composite(arrays=arrays, host=ocp.args.JsonRestore())
             restored = self._manager.restore(step, args=items)
         leaves = [restored["arrays"][name] for name in like]
         return step, jax.tree.unflatten(jax.tree.structure(arrays_like), leaves), restored["host"]

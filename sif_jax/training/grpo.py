@@ -76,7 +76,8 @@ def train(config: GrpoConfig) -> Path:
     previous_means, start = np.full(len(feed.records), np.nan, np.float32), 0
     checkpoints = Checkpoints(directory / "checkpoints", config.run.keep)
     if checkpoints.latest() is not None:
-        start, (state, previous_means), host = checkpoints.restore(None, (state, previous_means))
+        start, saved, host = checkpoints.restore(None, {"state": state, "previous_means": previous_means})
+        state, previous_means = saved["state"], saved["previous_means"]
         feed.loader.set_state(host["loader"])
     log = MetricsLog(directory, start_step=start, tensorboard=config.run.tensorboard, wandb=config.run.wandb)
     progress = Progress("grpo", steps, start=start)
@@ -109,7 +110,8 @@ def train(config: GrpoConfig) -> Path:
             log.log(step, metrics)
         progress.advance(reward=metrics["reward/total"], kl=metrics["kl"])
         if (step + 1) % config.run.save_every == 0 or step + 1 == steps:
-            checkpoints.save(step + 1, arrays=(state, previous_means), host={"loader": feed.loader.get_state()})
+            arrays = {"state": state, "previous_means": previous_means}
+            checkpoints.save(step + 1, arrays=arrays, host={"loader": feed.loader.get_state()})
 
     for open_file in (log, progress, checkpoints):
         open_file.close()

@@ -51,7 +51,8 @@ def train(config: SftConfig) -> Path:
     state, frozen = replicate((initial_state(policy.trainable, optimizer), policy.frozen), mesh)
     checkpoints, start = Checkpoints(directory / "checkpoints", config.run.keep), 0
     if checkpoints.latest() is not None:
-        start, state, host = checkpoints.restore(None, state)
+        start, saved, host = checkpoints.restore(None, {"state": state})
+        state = saved["state"]
         feed.loader.set_state(host["loader"])
     log = MetricsLog(directory, start_step=start, tensorboard=config.run.tensorboard, wandb=config.run.wandb)
     progress, rate = Progress("sft", steps, start=start), learning_rate(config.optimizer, steps)
@@ -75,7 +76,7 @@ def train(config: SftConfig) -> Path:
             log.log(step, metrics)
             progress.advance(config.run.log_every, loss=metrics["loss"])
         if (step + 1) % config.run.save_every == 0 or step + 1 == steps:
-            checkpoints.save(step + 1, arrays=state, host={"loader": feed.loader.get_state()})
+            checkpoints.save(step + 1, arrays={"state": state}, host={"loader": feed.loader.get_state()})
 
     for open_file in (log, progress, checkpoints):
         open_file.close()
