@@ -24,6 +24,7 @@ from sif_jax.errors import InputError
 
 MAX_ASPECT_RATIO = 200
 CONFIG_FILE = "preprocessor_config.json"
+RECORDED = "trained_with_this_size"  # marks the pixel limits of a config as those of a training, not a default
 PROCESSOR_FILE = "processor_config.json"  # where transformers 5 nests the same keys
 # What Pillow raises on a damaged file, format by format.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
@@ -60,7 +61,8 @@ class ImageProcessor:
             )
         return cls(**settings)
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, *, trained: bool = False) -> None:
+        """Write `preprocessor_config.json`; `trained` records that the checkpoint was trained with these pixel limits."""
         sizes = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
         raw = {
             "image_processor_type": "Qwen2VLImageProcessor",
@@ -68,6 +70,8 @@ class ImageProcessor:
             "size": sizes,
             "resample": int(self.resample),
         }
+        if trained:
+            raw[RECORDED] = True
         (Path(directory) / CONFIG_FILE).write_text(json.dumps(raw, indent=2) + "\n")
 
     def patches(self, image: Image.Image | np.ndarray) -> PatchedImage:
@@ -99,6 +103,15 @@ class ImageProcessor:
         rescaled = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
         mean, std = np.array(self.image_mean, np.float32), np.array(self.image_std, np.float32)
         return (rescaled - mean[:, None]) / std[:, None]
+
+
+def recorded_pixels(directory: str | Path) -> dict[str, int] | None:
+    """The min_pixels and max_pixels that a checkpoint was trained with, where it records them."""
+    raw, path = _read_config(Path(directory))
+    if not raw.get(RECORDED):
+        return None
+    settings = _settings(raw, path)
+    return {name: settings[name] for name in ("min_pixels", "max_pixels")}
 
 
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
