@@ -88,7 +88,7 @@ def test_a_step_makes_the_better_samples_likelier_and_the_worse_ones_less_likely
         jnp.ones(shape, bool),
     )
     reference = grpo.reference_policy(policy, settings)
-    gradients, sums = grpo.make_gradients(policy, settings)(
+    gradients, sums = grpo.make_gradients(policy.graphdef, settings)(
         None, policy.trainable, policy.frozen, reference, groups, jax.random.key(0)
     )
     assert float(sums.policy.clipped) == float(sums.policy.kl) == 0

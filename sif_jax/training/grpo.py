@@ -70,7 +70,7 @@ def train(config: GrpoConfig) -> Path:
     steps = min(config.max_steps or whole, whole)
     optimizer = make_optimizer(config.optimizer, steps * config.updates_per_rollout)
     rate = learning_rate(config.optimizer, steps * config.updates_per_rollout)
-    add_gradients, apply = make_gradients(policy, config), make_apply(optimizer)
+    add_gradients, apply = make_gradients(policy.graphdef, config), make_apply(optimizer)
     state, frozen = replicate((initial_state(policy.trainable, optimizer), policy.frozen), mesh)
     reference = replicate(reference_policy(policy, config), mesh)
     previous_means, start = np.full(len(feed.records), np.nan, np.float32), 0
@@ -165,11 +165,11 @@ def reference_policy(policy: Policy, config: GrpoConfig) -> nnx.State:
     return jax.tree.map(jnp.zeros_like if config.lora else jnp.copy, policy.trainable)
 
 
-def make_gradients(policy: Policy, config: GrpoConfig) -> Callable[..., Any]:
+def make_gradients(graphdef: nnx.GraphDef, config: GrpoConfig) -> Callable[..., Any]:
     """(earlier or None, trainable, frozen, reference, groups, key) → (summed gradients, Sums)."""
 
     def logprobs_of(trainable: nnx.State, frozen: nnx.State, groups: Groups, key: Array | None):
-        model = nnx.merge(policy.graphdef, trainable, frozen, copy=True)
+        model = nnx.merge(graphdef, trainable, frozen, copy=True)
         return completion_logprobs(
             model, groups.batch, groups.features, groups.ids, temperature=config.temperature, key=key
         )

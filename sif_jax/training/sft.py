@@ -24,7 +24,7 @@ from sif_jax.training.checkpoint import Checkpoints
 from sif_jax.training.metrics import MetricsLog
 from sif_jax.training.optimizer import learning_rate, make_optimizer
 from sif_jax.training.policy import TokenSums, next_token_loss
-from sif_jax.training.policy_files import Policy, check_finite, export_policy, open_policy
+from sif_jax.training.policy_files import check_finite, export_policy, open_policy
 from sif_jax.training.run_dir import open_run
 from sif_jax.training.state import accumulate, initial_state, make_apply, num_steps
 
@@ -47,7 +47,7 @@ def train(config: SftConfig) -> Path:
     steps = config.max_steps if config.max_steps and config.packing else min(config.max_steps or whole, whole)
     optimizer = make_optimizer(config.optimizer, steps)
     dropout = config.lora is not None and config.lora.dropout > 0
-    add_gradients, apply = make_gradients(policy, dropout=dropout), make_apply(optimizer)
+    add_gradients, apply = make_gradients(policy.graphdef, dropout=dropout), make_apply(optimizer)
     state, frozen = replicate((initial_state(policy.trainable, optimizer), policy.frozen), mesh)
     checkpoints, start = Checkpoints(directory / "checkpoints", config.run.keep), 0
     if checkpoints.latest() is not None:
@@ -85,12 +85,12 @@ def train(config: SftConfig) -> Path:
     return directory
 
 
-def make_gradients(policy: Policy, *, dropout: bool) -> Callable[..., Any]:
+def make_gradients(graphdef: nnx.GraphDef, *, dropout: bool) -> Callable[..., Any]:
     """(earlier or None, trainable, frozen, batch, key) → (summed gradients, TokenSums)."""
 
     def gradients(trainable: nnx.State, frozen: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, TokenSums]:
         def loss(trainable: nnx.State) -> tuple[Array, TokenSums]:
-            model = nnx.merge(policy.graphdef, trainable, frozen, copy=True)
+            model = nnx.merge(graphdef, trainable, frozen, copy=True)
             return next_token_loss(model, batch, key if dropout else None)
 
         (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
