@@ -25,12 +25,12 @@ def open_adapted(dtype: str = "float32", seed: int = 0, **changed):
 
 
 def adapted(model) -> set[str]:
-    return {name for name, layer in linear_layers(model) if layer.lora_a is not None}
+    return {name for name, layer in linear_layers(model).items() if layer.lora_a is not None}
 
 
 def fill(model, seed: int = 1) -> None:
     """As if the adapters had been trained: B is no longer zero."""
-    for number, (_, layer) in enumerate(linear_layers(model)):
+    for number, (_, layer) in enumerate(linear_layers(model).items()):
         if layer.lora_b is not None:
             shape = layer.lora_b[...].shape
             layer.lora_b[...] = 0.05 * jax.random.normal(jax.random.key(seed + number), shape)
@@ -70,16 +70,43 @@ def test_language_and_a_frozen_tower_leave_the_vision_tower_without_adapters():
     assert all(name.startswith("decoder.") for name in language)
 
 
-def test_a_regular_expression_must_match_the_whole_name():
-    chosen = adapted(open_adapted(targets=r"decoder\..*\.(q|v)_proj"))
-    assert {name.rsplit(".", 1)[1] for name in chosen} == {"q_proj", "v_proj"}
-    with pytest.raises(InputError):
-        open_adapted(targets="q_proj")
+def test_the_patch_embedding_is_a_convolution_and_never_adapted():
+    assert "vision.patch_embed" not in adapted(open_adapted())
 
 
-def test_a_pattern_that_matches_nothing_is_refused_with_the_names_there_are():
-    with pytest.raises(InputError, match=r"no layer to adapt; got 'attention'.*decoder\..*q_proj.*fix: lora.targets"):
-        open_adapted(targets="attention")
+@pytest.mark.parametrize(
+    ("targets", "ends"),
+    [
+        (r"model\.language_model\.layers\.\d+\.self_attn\.(q|v)_proj", {"q_proj", "v_proj"}),
+        (["q_proj", "mlp.0"], {"q_proj", "fc1"}),
+        (["self_attn.o_proj", "model.visual.merger.mlp.2"], {"o_proj", "fc2"}),
+        (["proj"], {"proj"}),
+    ],
+)
+def test_targets_match_whole_names_or_their_ends(targets, ends):
+    assert {name.rsplit(".", 1)[1] for name in adapted(open_adapted(targets=targets))} == ends
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"targets": "q_proj"}, r"no layer to adapt; got 'q_proj'.*layers\.\*\.self_attn\.q_proj.*fix: lora.targets"),
+        ({"targets": ["q_proj", "v_prog"]}, r"no layer to adapt; got 'v_prog'.*self_attn\.v_proj"),
+        ({"targets": ["_proj"]}, "no layer to adapt"),
+        ({"targets": ["lm_head"]}, "no layer to adapt"),
+        ({"targets": ["patch_embed.proj"]}, "no layer to adapt"),
+        ({"targets": r".*layers\.[02]\..*q_proj"}, r"layers\.\*\.self_attn\.q_proj.*some layers.*got \[0, 2\].*all 3"),
+        ({"targets": ["qkv", "mlp.0"], "freeze_vision": True}, "only frozen layers.*freeze_vision=false"),
+        ({"targets": r"model\.visual\..*", "freeze_vision": True}, "only frozen layers"),
+    ],
+)
+def test_targets_that_cannot_be_adapted_are_refused(changed, message):
+    with pytest.raises(InputError, match=message):
+        open_adapted(**changed)
+
+
+def test_a_frozen_tower_takes_its_layers_out_of_a_list():
+    assert adapted(open_adapted(targets=["gate_proj", "qkv"], freeze_vision=True)) == {"decoder.layers.mlp.gate_proj"}
 
 
 def test_new_adapters_change_nothing_and_filled_ones_do(batch):
@@ -119,7 +146,7 @@ def test_a_bfloat16_base_keeps_float32_adapters():
 
 
 def test_the_first_factor_is_uniform_within_the_bound_of_peft_and_follows_the_seed():
-    one, same, other = (dict(linear_layers(open_adapted(seed=seed))) for seed in (0, 0, 1))
+    one, same, other = (linear_layers(open_adapted(seed=seed)) for seed in (0, 0, 1))
     for name, layer in one.items():
         a = np.asarray(layer.lora_a[...])
         bound = a.shape[-2] ** -0.5
@@ -136,7 +163,7 @@ def test_a_layer_and_its_gradients_equal_a_torch_transcription():
     layer = Linear(6, 4, bias=True, name="q_proj", dtype=jnp.float32, rngs=nnx.Rngs(0))
     layer.kernel[...], layer.bias[...] = jnp.asarray(w), jnp.asarray(b)
     layer.lora_a, layer.lora_b = nnx.data(LoRAParam(jnp.asarray(a))), nnx.data(LoRAParam(jnp.asarray(low)))
-    layer.lora_scale = 16 / 2
+    layer.lora_alpha = 16.0
     graphdef, factors, rest = nnx.split(layer, LoRAParam, ...)
 
     def loss(factors, x):

@@ -26,7 +26,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(d_out, dtype)) if bias else None
         self.lora_a: LoRAParam | None = nnx.data(None)
         self.lora_b: LoRAParam | None = nnx.data(None)
-        self.lora_scale = 0.0
+        self.lora_alpha = 0.0
         self.lora_dropout = 0.0
         self.salt = zlib.crc32(name.encode())
 
@@ -39,7 +39,8 @@ class Linear(nnx.Module):
         if key is not None and self.lora_dropout > 0:
             x = _dropout(x, jax.random.fold_in(key, self.salt), self.lora_dropout)
         low = jnp.matmul(x, self.lora_a[...].astype(x.dtype))
-        return y + self.lora_scale * jnp.matmul(low, self.lora_b[...].astype(x.dtype))
+        scale = self.lora_alpha / low.shape[-1]
+        return y + scale * jnp.matmul(low, self.lora_b[...].astype(x.dtype))
 
 
 def _aligned(vector: Shaped[Array, "D"], x: Shaped[Array, "*batch D"]) -> Shaped[Array, "*ones D"]:
