@@ -130,7 +130,7 @@ class VLM:
         example = Example(*inputs[:2], np.zeros(len(inputs.tokens), np.float32), inputs.images, 0)
         buckets = BucketsConfig(
             tokens=(_round_up(len(inputs.tokens), TOKEN_STEP),),
-            patches=(_round_up(example.num_patches, PATCH_STEP) or PATCH_STEP,),
+            patches=(_round_up(example.num_patches, PATCH_STEP),),
         )
         collate = Collator.for_model(self.processor, self.config.vision, buckets, 1)
         return collate([[example]]).arrays

@@ -176,9 +176,11 @@ def test_a_missing_key_is_named_by_its_leaf():
         (["run.name=../x"], "run.name: not a directory name; got '../x'"),
         (["data.buckets.tokens=[16, 8]"], "data.buckets.tokens: bucket sizes out of order; got [16, 8]"),
         (["data.buckets.patches=[6]"], "got 6; expected a multiple of 4"),
+        (["data.buckets.tokens=[8]"], "data.buckets: a bucket is a pair of sizes; got '1 tokens, 2 patches'"),
+        (["data.buckets={tokens: [8, 8], patches: [4, 4]}"], "a bucket is listed twice; got ((8, 4), (8, 4))"),
         (["model.min_pixels=5", "model.max_pixels=4"], "got 5; expected at most 4; fix: lower min_pixels"),
         (["lora.targets=language", "freeze_vision=false"], "fix: set freeze_vision=true"),
-        (["model.max_pixels=262144", "data.buckets.patches=[2668]"], "got 2668; expected at least 2672; fix: raise"),
+        (["model.max_pixels=262144", "data.buckets.patches=[0, 2668]"], "got 2668; expected at least 2672; fix: raise"),
         (["seed"], "not an override; got 'seed'; expected key=value"),
         (["run..seed=1"], "not an override"),
         (["epochs=[1"], "epochs is not YAML; got '[1'"),
@@ -190,7 +192,7 @@ def test_a_wrong_value_or_combination_is_refused_in_one_line(overrides, told):
 
 
 def test_one_image_of_the_largest_size_needs_half_the_patches():
-    fits = [*SFT, "model.max_pixels=262144", "data.buckets.patches=[1336]", "prompt.depth_input=false"]
+    fits = [*SFT, "model.max_pixels=262144", "data.buckets.patches=[0, 1336]", "prompt.depth_input=false"]
     load_config(SftConfig, None, fits)
 
 

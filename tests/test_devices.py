@@ -35,6 +35,7 @@ batch = {
     "patch_positions": np.zeros((prompts, 16, 2), np.int32),
     "patch_segments": np.ones((prompts, 16), np.int32),
     "windows": np.tile(np.arange(16, dtype=np.int32)[None, None], (prompts, 1, 1)),
+    "window_segments": np.ones((prompts, 1, 16), np.int32),
     "window_slot": np.tile(np.arange(16, dtype=np.int32)[None], (prompts, 1)),
 }
 batch["image_index"][:, 2:6] = np.arange(4)

@@ -9,11 +9,21 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLCo
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from sif_jax.models.qwen2_5_vl.layout import mrope_positions, patch_positions, patch_segments, window_layout
+from sif_jax.models.qwen2_5_vl.layout import (
+    max_windows,
+    mrope_positions,
+    patch_positions,
+    patch_segments,
+    window_layout,
+)
 
 IMAGE, TEXT = 9, 1
 even = st.integers(1, 13).map(lambda n: 2 * n)
 grid_lists = st.lists(st.tuples(even, even), min_size=1, max_size=4)
+narrow = st.tuples(st.just(2), st.integers(1, 200).map(lambda n: 2 * n))
+any_grids = st.lists(
+    st.one_of(st.just((2, 2)), st.tuples(even, even), narrow, narrow.map(lambda g: g[::-1])), max_size=30
+)
 
 
 def grid_thw(grids):
@@ -40,29 +50,49 @@ def test_windows_hold_the_patches_of_transformers_in_its_order(grids, window_pat
     index, bounds = get_vision_window_index(grid_thw(grids), 2, window_patches * 14, 14)
     patches = (index[:, None] * 4 + torch.arange(4)).flatten().numpy()
     expected = np.split(patches, bounds.numpy()[1:-1])
-    windows, _ = window_layout(grids, merge_size=2, window_patches=window_patches)
-    assert [window[window >= 0].tolist() for window in windows] == [window.tolist() for window in expected]
+    windows, segments, _ = window_layout(grids, merge_size=2, window_patches=window_patches)
+    assert segments.max() == len(expected)
+    for number, window in enumerate(expected, 1):
+        assert windows[segments == number].tolist() == window.tolist()
 
 
 @settings(deadline=None)
-@given(grid_lists)
-def test_slots_are_the_inverse_of_windows(grids):
-    windows, slots = window_layout(grids, merge_size=2, window_patches=8)
+@given(any_grids, st.sampled_from([2, 4, 8]))
+def test_every_patch_has_one_slot_and_every_window_stays_in_one_row(grids, window_patches):
+    windows, segments, slots = window_layout(grids, merge_size=2, window_patches=window_patches)
     np.testing.assert_array_equal(windows.reshape(-1)[slots], np.arange(len(slots)))
+    np.testing.assert_array_equal(segments > 0, windows >= 0)
     assert (windows >= 0).sum() == len(slots)
+    rows = [set(row[row > 0]) for row in segments]
+    assert sum(map(len, rows)) == segments.max(initial=0)
 
 
-def test_a_grid_of_ten_by_two_patches_fills_two_windows():
-    windows, slots = window_layout([(10, 2)], merge_size=2, window_patches=8)
+@settings(deadline=None, max_examples=300)
+@given(any_grids, st.sampled_from([2, 4, 6, 8]))
+def test_the_number_of_rows_is_bounded_by_the_number_of_patches(grids, window_patches):
+    layout = window_layout(grids, merge_size=2, window_patches=window_patches)
+    bound = max_windows(len(layout.slots), merge_size=2, window_patches=window_patches)
+    assert len(layout.windows) <= bound <= 2 * -(-len(layout.slots) // window_patches**2)
+
+
+def test_windows_of_36_patches_reach_the_bound():
+    layout = window_layout([(6, 6)] * 5, merge_size=2, window_patches=8)
+    assert len(layout.windows) == max_windows(5 * 36, merge_size=2, window_patches=8) == 5
+
+
+def test_ragged_edges_fill_the_room_that_earlier_rows_have_left():
+    windows, segments, slots = window_layout([(10, 6), (2, 8)], merge_size=2, window_patches=8)  # 48, 12 and 16 patches
     assert windows.shape == (2, 64)
-    assert windows[0, :17].tolist() == [*range(16), -1]
-    assert windows[1, :5].tolist() == [16, 17, 18, 19, -1]
-    assert slots[16] == 64
+    assert segments[0].tolist() == [1] * 48 + [2] * 12 + [0] * 4
+    assert segments[1].tolist() == [3] * 16 + [0] * 48
+    assert windows[0, :60].tolist() == list(range(60))
+    assert slots[60:].tolist() == list(range(64, 80))
 
 
 def test_no_image_gives_empty_layouts():
-    windows, slots = window_layout([], merge_size=2, window_patches=8)
-    assert windows.shape == (0, 64)
+    windows, segments, slots = window_layout([], merge_size=2, window_patches=8)
+    assert windows.shape == segments.shape == (0, 64)
+    assert max_windows(0, merge_size=2, window_patches=8) == 0
     assert slots.shape == patch_segments([]).shape == (0,)
     assert patch_positions([], merge_size=2).shape == (0, 2)
 

@@ -34,7 +34,7 @@ def test_a_run_resumes_with_the_same_config_and_may_change_how_it_is_watched(mak
         ),
         ("run.seed=1", "another run.seed; got '1'; expected 0; fix: set run.seed=0 to resume"),
         ("lora.rank=4", "another lora; got 'absent'; expected null; fix: set lora=null"),
-        ("data.buckets.tokens=[8]", "another data.buckets.tokens; got '[8]'; expected [1024, 2048]"),
+        ("data.buckets.tokens=[8, 16]", "another data.buckets.tokens; got '[8, 16]'; expected [1024, 2048]"),
         ("epochs=4", "or choose another run.name"),
     ],
 )

@@ -99,18 +99,20 @@ class PromptConfig(Config):
 
 
 class BucketsConfig(Config):
-    """Every batch is padded to one of these sizes, so that few programs are compiled."""
+    """The shapes of a batch, one compiled program each: bucket i has rows of tokens[i] tokens and patches[i] patches."""
 
-    tokens: tuple[PositiveInt, ...] = Field(default=(1024, 2048), description="row lengths, tokens, ascending")
-    patches: tuple[PositiveInt, ...] = Field(
-        default=(1344, 2688), description="vision patches per row, ascending, 4 divides"
+    tokens: tuple[PositiveInt, ...] = Field(
+        default=(1024, 2048), description="tokens per row in each bucket, not descending"
+    )
+    patches: tuple[NonNegativeInt, ...] = Field(
+        default=(2688, 2688), description="vision patches per row in each bucket, not descending, 4 divides"
     )
 
     @field_validator("tokens", "patches")
     @classmethod
     def _ascending(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        if not sizes or list(sizes) != sorted(set(sizes)):
-            raise InputError("bucket sizes out of order", value=list(sizes), expected="one or more, ascending")
+        if not sizes or list(sizes) != sorted(sizes):
+            raise InputError("bucket sizes out of order", value=list(sizes), expected="one or more, not descending")
         return sizes
 
     @field_validator("patches")
@@ -120,6 +122,24 @@ class BucketsConfig(Config):
         if odd:
             raise InputError("2 x 2 patches merge into one token", value=odd[0], expected="a multiple of 4")
         return patches
+
+    @model_validator(mode="after")
+    def _are_distinct_pairs(self) -> BucketsConfig:
+        if len(self.tokens) != len(self.patches):
+            raise InputError(
+                "a bucket is a pair of sizes",
+                value=f"{len(self.tokens)} tokens, {len(self.patches)} patches",
+                expected="lists of one length",
+                fix="repeat a size, as in tokens=[1024, 2048] patches=[2688, 2688]",
+            )
+        if len(set(self.pairs)) < len(self.pairs):
+            raise InputError("a bucket is listed twice", value=self.pairs, expected="distinct pairs")
+        return self
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """(tokens, patches) of each bucket; the last one holds whatever any other holds."""
+        return tuple(zip(self.tokens, self.patches))
 
 
 class DataConfig(Config):

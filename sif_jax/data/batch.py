@@ -5,7 +5,7 @@ The arrays are the batch contract of docs/architecture.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from sif_jax.data.example import Example
 from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.chat import ChatProcessor
 from sif_jax.models.qwen2_5_vl.config import VisionConfig
-from sif_jax.models.qwen2_5_vl.layout import Grid, WindowLayout, patch_positions, patch_segments, window_layout
+from sif_jax.models.qwen2_5_vl.layout import Grid, max_windows, patch_positions, patch_segments, window_layout
 
 Row = Sequence[Example]
 
@@ -34,12 +34,6 @@ class Batch(NamedTuple):
     arrays: dict[str, np.ndarray]
     records: tuple[tuple[int, ...], ...]
     waste: Waste
-
-
-class _Sizes(NamedTuple):
-    tokens: int
-    patches: int
-    windows: int
 
 
 @dataclass(frozen=True)
@@ -104,46 +98,22 @@ class Collator:
     def __call__(self, rows: Sequence[Row]) -> Batch:
         for row in rows:
             self.check(row)
-        layouts = [self._windows(row) for row in rows]
-        sizes = self._sizes(rows, layouts)
-        arrays = self._padding(sizes)
-        for index, (row, layout) in enumerate(zip(rows, layouts)):
-            self._write_row({name: array[index] for name, array in arrays.items()}, row, layout)
+        arrays = self._padding(*self._bucket(rows))
+        for index, row in enumerate(rows):
+            self._write_row({name: array[index] for name, array in arrays.items()}, row)
         records = tuple(tuple(example.record_index for example in row) for row in rows)
         return Batch(arrays, records + ((),) * (self.batch_size - len(rows)), _waste(arrays))
 
-    def _windows(self, row: Row) -> WindowLayout:
-        return window_layout(_grids(row), merge_size=self.merge_size, window_patches=self.window_patches)
-
-    def _sizes(self, rows: Sequence[Row], layouts: Sequence[WindowLayout]) -> _Sizes:
-        num_patches, num_windows = _longest(_num_patches(row) for row in rows), _longest(len(w) for w, _ in layouts)
+    def _bucket(self, rows: Sequence[Row]) -> tuple[int, int]:
+        """The first bucket that holds every row in both tokens and patches."""
         if self.fixed_shape:
-            tokens, patches = self.buckets.tokens[-1], self.buckets.patches[-1]
-            return _Sizes(tokens, patches, self._fixed_windows(patches, num_windows))
-        tokens = _smallest_fitting(self.buckets.tokens, _longest(_num_tokens(row) for row in rows))
-        patches = _smallest_fitting(self.buckets.patches, num_patches) if num_patches else 0
-        return _Sizes(tokens, patches, self._window_bucket(patches, num_windows))
+            return self.buckets.pairs[-1]
+        tokens, patches = max(map(_num_tokens, rows), default=0), max(map(_num_patches, rows), default=0)
+        return next(bucket for bucket in self.buckets.pairs if tokens <= bucket[0] and patches <= bucket[1])
 
-    def _window_bucket(self, patches: int, needed: int) -> int:
-        """Twice the full windows, which has room for ragged edges; doubled for very small or narrow images."""
-        windows = 2 * -(-patches // self.window_patches**2)
-        while windows < needed:
-            windows *= 2
-        return windows
-
-    def _fixed_windows(self, patches: int, needed: int) -> int:
-        windows = self._window_bucket(patches, 0)
-        if needed > windows:
-            raise InputError(
-                "the images of a row are too small or too narrow to batch across processes",
-                value=f"{needed} attention windows",
-                expected=f"at most {windows}",
-                fix="raise data.buckets.patches or model.min_pixels",
-            )
-        return windows
-
-    def _padding(self, sizes: _Sizes) -> dict[str, np.ndarray]:
-        B, L, V, W = self.batch_size, *sizes
+    def _padding(self, L: int, V: int) -> dict[str, np.ndarray]:
+        B, S = self.batch_size, self.window_patches**2
+        W = max_windows(V, merge_size=self.merge_size, window_patches=self.window_patches)
         return {
             "tokens": np.full((B, L), self.pad_id, np.int32),
             "positions": np.zeros((B, L, 3), np.int32),
@@ -153,11 +123,12 @@ class Collator:
             "patches": np.zeros((B, V, self.patch_dim), np.float32),
             "patch_positions": np.zeros((B, V, 2), np.int32),
             "patch_segments": np.zeros((B, V), np.int32),
-            "windows": np.full((B, W, self.window_patches**2), -1, np.int32),
+            "windows": np.full((B, W, S), -1, np.int32),
+            "window_segments": np.zeros((B, W, S), np.int32),
             "window_slot": np.zeros((B, V), np.int32),
         }
 
-    def _write_row(self, arrays: dict[str, np.ndarray], row: Row, layout: WindowLayout) -> None:
+    def _write_row(self, arrays: dict[str, np.ndarray], row: Row) -> None:
         start = 0
         for number, example in enumerate(row, 1):
             span = slice(start, start + len(example.tokens))
@@ -168,16 +139,18 @@ class Collator:
             start = span.stop
         shown = arrays["tokens"][:start] == self.image_token_id
         arrays["image_index"][:start][shown] = np.arange(shown.sum())
-        self._write_images(arrays, row, layout)
+        self._write_images(arrays, row)
 
-    def _write_images(self, arrays: dict[str, np.ndarray], row: Row, layout: WindowLayout) -> None:
+    def _write_images(self, arrays: dict[str, np.ndarray], row: Row) -> None:
         grids, num_patches = _grids(row), _num_patches(row)
+        layout = window_layout(grids, merge_size=self.merge_size, window_patches=self.window_patches)
         images = [image.patches for example in row for image in example.images]
         if images:
             np.concatenate(images, out=arrays["patches"][:num_patches])
         arrays["patch_positions"][:num_patches] = patch_positions(grids, merge_size=self.merge_size)
         arrays["patch_segments"][:num_patches] = patch_segments(grids)
         arrays["windows"][: len(layout.windows)] = layout.windows
+        arrays["window_segments"][: len(layout.windows)] = layout.segments
         arrays["window_slot"][:num_patches] = layout.slots
 
 
@@ -201,17 +174,9 @@ class RowFiller:
         return True
 
     def _fits(self, row: Row, example: Example) -> bool:
-        buckets = self._collator.buckets
+        tokens, patches = self._collator.buckets.pairs[-1]
         longer = [*row, example]
-        return _num_tokens(longer) <= buckets.tokens[-1] and _num_patches(longer) <= buckets.patches[-1]
-
-
-def _smallest_fitting(buckets: Sequence[int], length: int) -> int:
-    return next(bucket for bucket in buckets if bucket >= length)
-
-
-def _longest(lengths: Iterable[int]) -> int:
-    return max(lengths, default=0)
+        return _num_tokens(longer) <= tokens and _num_patches(longer) <= patches
 
 
 def _num_tokens(row: Row) -> int:

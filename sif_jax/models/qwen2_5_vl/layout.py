@@ -16,9 +16,14 @@ Grid = tuple[int, int]
 
 
 class WindowLayout(NamedTuple):
-    """`windows` lists the patches of each window, then -1; `slots` is the inverse: windows.flat[slots[v]] = v."""
+    """Attention windows in dense rows of S slots, several small windows to a row.
+
+    `windows` names the patch in each slot, or -1; `segments` its attention window (1, 2, ...), or 0; `slots` is the
+    inverse: windows.flat[slots[v]] = v.
+    """
 
     windows: Int32[np.ndarray, "W S"]
+    segments: Int32[np.ndarray, "W S"]
     slots: Int32[np.ndarray, " V"]
 
 
@@ -39,7 +44,8 @@ def patch_segments(grids: Sequence[Grid]) -> Int32[np.ndarray, " V"]:
 def window_layout(grids: Sequence[Grid], *, merge_size: int, window_patches: int) -> WindowLayout:
     """Windows of `window_patches` x `window_patches` patches; those at an image's right and bottom edge hold fewer.
 
-    Windows, and the patches in each, are in the order of transformers' `get_vision_window_index`.
+    Windows, and the patches in each, are numbered as in transformers' `get_vision_window_index`; each window goes into
+    the first dense row that has room for it.
     """
     window_of_patch, num_windows = [], 0
     for height, width in grids:
@@ -48,6 +54,15 @@ def window_layout(grids: Sequence[Grid], *, merge_size: int, window_patches: int
         window_of_patch.append(num_windows + rows_of * columns + columns_of)
         num_windows += -(-height // window_patches) * columns
     return _fill_windows(_concatenate(window_of_patch, (0,)), num_windows, window_patches**2)
+
+
+def max_windows(patches: int, *, merge_size: int, window_patches: int) -> int:
+    """Dense rows that suffice for any images of this many patches in all.
+
+    First fit leaves at most one row half full or emptier, and windows hold whole merge units.
+    """
+    capacity = (window_patches // merge_size) ** 2
+    return -(-(patches // merge_size**2) // (capacity // 2 + 1))
 
 
 def mrope_positions(
@@ -88,12 +103,23 @@ def _block_order(planes: Int[np.ndarray, "n h w"], merge_size: int) -> Int[np.nd
 def _fill_windows(window_of_patch: Int[np.ndarray, " V"], num_windows: int, capacity: int) -> WindowLayout:
     order = np.argsort(window_of_patch, kind="stable")
     counts = np.bincount(window_of_patch, minlength=num_windows)
-    rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    shift = _first_fit(counts, capacity) - (np.cumsum(counts) - counts)
     slots = np.empty(len(order), np.int32)
-    slots[order] = window_of_patch[order] * capacity + rank
-    windows = np.full(num_windows * capacity, -1, np.int32)
-    windows[slots] = np.arange(len(order))
-    return WindowLayout(windows.reshape(num_windows, capacity), slots)
+    slots[order] = np.arange(len(order)) + np.repeat(shift, counts)
+    size = (slots.max(initial=-1) // capacity + 1) * capacity
+    windows, segments = np.full(size, -1, np.int32), np.zeros(size, np.int32)
+    windows[slots], segments[slots] = np.arange(len(order)), window_of_patch + 1
+    return WindowLayout(windows.reshape(-1, capacity), segments.reshape(-1, capacity), slots)
+
+
+def _first_fit(counts: Int[np.ndarray, " n"], capacity: int) -> Int[np.ndarray, " n"]:
+    """The first slot of each window when each goes into the first row of `capacity` slots with room for it."""
+    used, first = np.zeros(len(counts), np.int64), np.empty(len(counts), np.int64)
+    for window, count in enumerate(counts):
+        row = np.argmax(used + count <= capacity)
+        first[window] = row * capacity + used[row]
+        used[row] += count
+    return first
 
 
 def _concatenate(parts: Sequence[np.ndarray], empty: tuple[int, ...]) -> np.ndarray:

@@ -50,12 +50,13 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801  the model's published name
         return jnp.matmul(hidden, self.head().astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def image_features(self, batch: Batch, key: Key = None) -> Shaped[Array, "B M D"]:
-        """Features of every merged patch of every row; M = 0 when no row has an image."""
+        """Features of every merged patch of every row, M = V / 4."""
         return self.vision(
             batch["patches"],
             batch["patch_positions"],
             batch["patch_segments"],
             batch["windows"],
+            batch["window_segments"],
             batch["window_slot"],
             dtype=self.compute_dtype,
             remat=self.remat,

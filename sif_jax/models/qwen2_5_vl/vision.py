@@ -38,6 +38,7 @@ class VisionBlock(nnx.Module):
         whole: Bool[Array, ""],
         image_mask: Bool[Array, "B V V"],
         windows: Int[Array, "B W S"],
+        window_segments: Int[Array, "B W S"],
         slots: Int[Array, "B V"],
         key: Key,
     ) -> Shaped[Array, "B V D"]:
@@ -47,7 +48,7 @@ class VisionBlock(nnx.Module):
         context = jax.lax.cond(
             whole,
             lambda qkv: full_attention(qkv, image_mask),
-            lambda qkv: window_attention(qkv, windows, slots),
+            lambda qkv: window_attention(qkv, windows, window_segments, slots),
             qkv,
         )
         hidden = hidden + self.proj(context.reshape(hidden.shape), key)
@@ -60,14 +61,16 @@ def full_attention(qkv: Shaped[Array, "B V 3 N H"], mask: Bool[Array, "B V V"]) 
 
 
 def window_attention(
-    qkv: Shaped[Array, "B V 3 N H"], windows: Int[Array, "B W S"], slots: Int[Array, "B V"]
+    qkv: Shaped[Array, "B V 3 N H"],
+    windows: Int[Array, "B W S"],
+    segments: Int[Array, "B W S"],
+    slots: Int[Array, "B V"],
 ) -> Shaped[Array, "B V N H"]:
-    """Attention inside each window, as one dense batch of windows."""
+    """Attention inside each window, as one dense batch; small windows share S slots and see their own segment."""
     batch, count, size = windows.shape
     source = windows.reshape(batch, -1)
     q, k, v = jnp.moveaxis(permute(qkv, source, slots).reshape(batch * count, size, *qkv.shape[2:]), 2, 0)
-    visible = jnp.broadcast_to((windows >= 0).reshape(-1, 1, size), (batch * count, size, size))
-    context = attention(q, head_major(k), head_major(v), visible)
+    context = attention(q, head_major(k), head_major(v), segment_mask(segments.reshape(-1, size)))
     return permute(context.reshape(batch, -1, *context.shape[2:]), slots, source)
 
 
@@ -101,6 +104,7 @@ class VisionTower(nnx.Module):
         positions: Int[Array, "B V 2"],
         segments: Int[Array, "B V"],
         windows: Int[Array, "B W S"],
+        window_segments: Int[Array, "B W S"],
         window_slot: Int[Array, "B V"],
         *,
         dtype: DTypeLike,
@@ -117,7 +121,9 @@ class VisionTower(nnx.Module):
 
         def block(hidden, layer):
             state, whole, key = layer
-            return nnx.merge(graphdef, state)(hidden, rope, whole, image_mask, windows, slots, key), None
+            return nnx.merge(graphdef, state)(
+                hidden, rope, whole, image_mask, windows, window_segments, slots, key
+            ), None
 
         hidden = self.patch_embed(patches.astype(dtype))
         layers = (blocks, jnp.asarray(whole), layer_keys(key, config.depth))
