@@ -77,17 +77,23 @@ class LoraConfig(Config):
     rank: PositiveInt = Field(default=8, description="rank of the adapters")
     alpha: PositiveFloat = Field(default=16.0, description="scale: the adapter's output is multiplied by alpha / rank")
     dropout: OpenFraction = Field(default=0.0, description="dropout probability at the adapter's input")
-    targets: str = Field(
-        default="all-linear", description="all-linear, language, or a regex on the linear layer's full name"
+    targets: str | tuple[str, ...] = Field(
+        default="all-linear",
+        description="all-linear, language, a regex that matches whole module names of transformers, or a list of names",
     )
 
-    @field_validator("targets")
+    @field_validator("targets", mode="before")
     @classmethod
-    def _targets_is_a_regex(cls, targets: str) -> str:
-        try:
-            re.compile(targets)
-        except re.error as error:
-            raise InputError(f"{error}", value=targets, expected="all-linear, language or a regex") from None
+    def _targets_are_names_or_a_regex(cls, targets: object) -> object:
+        names = targets if isinstance(targets, list | tuple) else [targets]
+        if not names or not all(isinstance(name, str) and name for name in names):
+            expected = "all-linear, language, a regex or a list such as [q_proj, v_proj]"
+            raise InputError("not targets", value=targets, expected=expected)
+        if isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except re.error as error:
+                raise InputError(f"{error}", value=targets, expected="all-linear, language or a regex") from None
         return targets
 
 
