@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from sif_jax.models.qwen2_5_vl.config import TextConfig
 from sif_jax.models.qwen2_5_vl.layers import Key, Linear, RMSNorm, SwiGLU, layer_keys, stack
-from sif_jax.ops.attention import attention, head_major, packed_causal_mask, prefix_attention
+from sif_jax.ops.attention import head_major, prefix_attention
+from sif_jax.ops.attention_backends import Backend, self_attention
 from sif_jax.ops.rotary import Rope, mrope, rotate
 from sif_jax.ops.scan import Remat, scan_layers
 
@@ -82,13 +83,23 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, *, dtype: DTypeLike, attention: Backend, rngs: nnx.Rngs):
         self.layers = stack(lambda rngs: DecoderLayer(config, dtype=dtype, rngs=rngs), config.num_hidden_layers, rngs)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.config = config
+        self.attention: Backend = attention
 
     def rope(self, positions: Int[Array, "*batch 3"]) -> Rope:
         return mrope(positions, sections=self.config.mrope_section, theta=self.config.rope_theta)
+
+    def causal_attention(
+        self,
+        q: Shaped[Array, "B T N H"],
+        k: Shaped[Array, "B K T H"],
+        v: Shaped[Array, "B K T H"],
+        segments: Int[Array, "B T"],
+    ) -> Shaped[Array, "B T N H"]:
+        return self_attention(q, k, v, segments, causal=True, backend=self.attention)
 
     def forward(
         self,
@@ -99,14 +110,14 @@ class Decoder(nnx.Module):
         remat: Remat = "none",
         key: Key = None,
     ) -> Shaped[Array, "B T D"]:
-        rope, mask = self.rope(positions), packed_causal_mask(segments)
+        rope = self.rope(positions)
         graphdef, layers = nnx.split(self.layers)
 
         def body(hidden, layer):
             state, key = layer
             block = nnx.merge(graphdef, state)
             q, k, v = block.qkv(hidden, rope, key)
-            return block.finish(hidden, attention(q, k, v, mask), key), None
+            return block.finish(hidden, self.causal_attention(q, k, v, segments), key), None
 
         keys = layer_keys(key, self.config.num_hidden_layers)
         hidden, _ = scan_layers(body, hidden, (layers, keys), remat=remat)
@@ -115,13 +126,13 @@ class Decoder(nnx.Module):
     def prefill(
         self, hidden: Shaped[Array, "P S D"], positions: Int[Array, "P S 3"], segments: Int[Array, "P S"]
     ) -> tuple[Shaped[Array, "P S D"], Prefix]:
-        rope, mask = self.rope(positions), packed_causal_mask(segments)
+        rope = self.rope(positions)
         graphdef, layers = nnx.split(self.layers)
 
         def body(hidden, state):
             block = nnx.merge(graphdef, state)
             q, k, v = block.qkv(hidden, rope)
-            return block.finish(hidden, attention(q, k, v, mask)), (k, v)
+            return block.finish(hidden, self.causal_attention(q, k, v, segments)), (k, v)
 
         hidden, (k, v) = scan_layers(body, hidden, layers)
         return self.norm(hidden), Prefix(k, v, segments > 0)
@@ -139,8 +150,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Shaped[Array, "P S D"], Shaped[Array, "P M T D"]]:
         """Final hidden states of the prompts and of the completions that continue them."""
         prompt_rope, rope = self.rope(prompt_positions), self.rope(completion_positions)
-        prompt_mask, visible = packed_causal_mask(prompt_segments), prompt_segments > 0
-        length = completion.shape[2]
+        visible, length = prompt_segments > 0, completion.shape[2]
         causal = jnp.tril(jnp.ones((length, length), bool))
         graphdef, layers = nnx.split(self.layers)
 
@@ -148,7 +158,8 @@ class Decoder(nnx.Module):
             (prompt, completion), (state, key) = hidden, layer
             block = nnx.merge(graphdef, state)
             q, prefix_k, prefix_v = block.qkv(prompt, prompt_rope, key)
-            prompt = block.finish(prompt, attention(q, prefix_k, prefix_v, prompt_mask), key)
+            context = self.causal_attention(q, prefix_k, prefix_v, prompt_segments)
+            prompt = block.finish(prompt, context, key)
             q, k, v = block.qkv(completion, rope, key)
             context = prefix_attention(q, prefix_k, prefix_v, visible, k, v, causal)
             return (prompt, block.finish(completion, context, key)), None

@@ -17,6 +17,7 @@ from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from sif_jax.models.qwen2_5_vl.decoder import Decoder
 from sif_jax.models.qwen2_5_vl.layers import Key
 from sif_jax.models.qwen2_5_vl.vision import VisionTower
+from sif_jax.ops.attention_backends import Backend
 from sif_jax.ops.scan import Remat
 
 Batch = Mapping[str, Array]
@@ -30,13 +31,14 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801  the model's published name
         param_dtype: DTypeLike = jnp.float32,
         compute_dtype: DTypeLike | None = None,
         remat: Remat = "none",
+        attention: Backend = "xla",
         rngs: nnx.Rngs,
     ):
         vocab, dim = config.text.vocab_size, config.text.hidden_size
         initial = nnx.initializers.normal(0.02)
-        self.vision = VisionTower(config.vision, dtype=param_dtype, rngs=rngs)
+        self.vision = VisionTower(config.vision, dtype=param_dtype, attention=attention, rngs=rngs)
         self.embed_tokens = nnx.Param(initial(rngs.params(), (vocab, dim), param_dtype))
-        self.decoder = Decoder(config.text, dtype=param_dtype, rngs=rngs)
+        self.decoder = Decoder(config.text, dtype=param_dtype, attention=attention, rngs=rngs)
         tied = config.text.tie_word_embeddings
         self.lm_head = None if tied else nnx.Param(initial(rngs.params(), (dim, vocab), param_dtype))
         self.config = config

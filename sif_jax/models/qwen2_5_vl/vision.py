@@ -16,13 +16,14 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from sif_jax.models.qwen2_5_vl.config import VisionConfig
 from sif_jax.models.qwen2_5_vl.layers import Key, Linear, RMSNorm, SwiGLU, layer_keys, stack
 from sif_jax.ops.attention import attention, head_major, segment_mask
+from sif_jax.ops.attention_backends import Backend, self_attention
 from sif_jax.ops.rotary import Rope, axial_rope, rotate
 from sif_jax.ops.scan import Remat, scan_layers
 from sif_jax.ops.windows import permute
 
 
 class VisionBlock(nnx.Module):
-    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, attention: Backend, rngs: nnx.Rngs):
         dim = config.hidden_size
         self.norm1 = RMSNorm(dim, eps=1e-6, dtype=dtype)
         self.qkv = Linear(dim, 3 * dim, bias=True, name="qkv", dtype=dtype, rngs=rngs)
@@ -30,13 +31,14 @@ class VisionBlock(nnx.Module):
         self.norm2 = RMSNorm(dim, eps=1e-6, dtype=dtype)
         self.mlp = SwiGLU(dim, config.intermediate_size, bias=True, dtype=dtype, rngs=rngs)
         self.num_heads = config.num_heads
+        self.attention: Backend = attention
 
     def __call__(
         self,
         hidden: Shaped[Array, "B V D"],
         rope: Rope,
         whole: Bool[Array, ""],
-        image_mask: Bool[Array, "B V V"],
+        segments: Int[Array, "B V"],
         windows: Int[Array, "B W S"],
         window_segments: Int[Array, "B W S"],
         slots: Int[Array, "B V"],
@@ -47,7 +49,7 @@ class VisionBlock(nnx.Module):
         qkv = jnp.stack([rotate(q, rope), rotate(k, rope), v], axis=2)
         context = jax.lax.cond(
             whole,
-            lambda qkv: full_attention(qkv, image_mask),
+            lambda qkv: full_attention(qkv, segments, self.attention),
             lambda qkv: window_attention(qkv, windows, window_segments, slots),
             qkv,
         )
@@ -55,9 +57,12 @@ class VisionBlock(nnx.Module):
         return hidden + self.mlp(self.norm2(hidden), key)
 
 
-def full_attention(qkv: Shaped[Array, "B V 3 N H"], mask: Bool[Array, "B V V"]) -> Shaped[Array, "B V N H"]:
+def full_attention(
+    qkv: Shaped[Array, "B V 3 N H"], segments: Int[Array, "B V"], backend: Backend
+) -> Shaped[Array, "B V N H"]:
+    """Attention of every patch to its own image."""
     q, k, v = jnp.moveaxis(qkv, 2, 0)
-    return attention(q, head_major(k), head_major(v), mask)
+    return self_attention(q, head_major(k), head_major(v), segments, causal=False, backend=backend)
 
 
 def window_attention(
@@ -90,11 +95,13 @@ class PatchMerger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, attention: Backend, rngs: nnx.Rngs):
         self.patch_embed = Linear(
             config.patch_dim, config.hidden_size, bias=False, name="patch_embed", dtype=dtype, rngs=rngs
         )
-        self.blocks = stack(lambda rngs: VisionBlock(config, dtype=dtype, rngs=rngs), config.depth, rngs)
+        self.blocks = stack(
+            lambda rngs: VisionBlock(config, dtype=dtype, attention=attention, rngs=rngs), config.depth, rngs
+        )
         self.merger = PatchMerger(config, dtype=dtype, rngs=rngs)
         self.config = config
 
@@ -114,16 +121,13 @@ class VisionTower(nnx.Module):
         """Features of the merged patches, M = V / 4, in the order of the patches."""
         config = self.config
         rope = axial_rope(positions, head_dim=config.head_dim, theta=config.rope_theta)
-        image_mask = segment_mask(segments)
         slots = jnp.where(segments > 0, window_slot, -1)
         whole = np.isin(np.arange(config.depth), config.fullatt_block_indexes)
         graphdef, blocks = nnx.split(self.blocks)
 
         def block(hidden, layer):
             state, whole, key = layer
-            return nnx.merge(graphdef, state)(
-                hidden, rope, whole, image_mask, windows, window_segments, slots, key
-            ), None
+            return nnx.merge(graphdef, state)(hidden, rope, whole, segments, windows, window_segments, slots, key), None
 
         hidden = self.patch_embed(patches.astype(dtype))
         layers = (blocks, jnp.asarray(whole), layer_keys(key, config.depth))

@@ -1,0 +1,167 @@
+"""Self-attention over packed rows by XLA, by Splash (TPU) or by cuDNN (GPU), behind one signature (pure).
+
+Position t sees the positions of its own segment, with `causal` those up to t only. Padding (segment 0) sees padding, so that
+no row of a softmax is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, cast
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    BlockSizes,
+    CausalMask,
+    FullMask,
+    MultiHeadMask,
+    SegmentIds,
+    make_splash_mha,
+)
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Int, Shaped
+
+from sif_jax.ops.attention import attention, head_major, segment_mask
+
+Backend = Literal["xla", "splash", "cudnn"]
+
+# The float32 logits of one row that XLA may hold at once; a longer row is computed some queries at a time. It counts one
+# row, not the batch, because rows are spread over devices.
+LOGITS_BYTES = 128 * 2**20
+SPLASH_BLOCK = 512
+LANES = 128  # of a TPU register: blocks and heads are padded to multiples of it
+CUDNN_MULTIPLE = 8  # of the length, for the alignment of the mask, and of the head
+
+
+def self_attention(
+    q: Shaped[Array, "B T N H"],
+    k: Shaped[Array, "B K T H"],
+    v: Shaped[Array, "B K T H"],
+    segments: Int[Array, "B T"],
+    *,
+    causal: bool,
+    backend: Backend,
+) -> Shaped[Array, "B T N H"]:
+    """softmax(q kᵀ / √H) v over what a position sees; query head n reads key head n // (N/K)."""
+    return BACKENDS[backend](q, k, v, segments, causal)
+
+
+def _xla(q: Array, k: Array, v: Array, segments: Array, causal: bool) -> Array:
+    """One product for a short row; for a long one a loop over chunks of queries, computed again in the backward pass."""
+    batch, length, heads, _ = q.shape
+    index = jnp.arange(length)
+    count = _ceil(4 * heads * length**2, LOGITS_BYTES)
+    if count <= 1:
+        return attention(q, k, v, _visible(segments, index, segments, causal))
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def attend(part):
+        q, own, index = part
+        return attention(q, k, v, _visible(own, index, segments, causal))
+
+    size = _ceil(length, count)
+    rest = size * count - length
+    q, own = _lengthened(q, rest), _lengthened(segments, rest)
+    chunks = (x.reshape(batch, count, size, *x.shape[2:]).swapaxes(0, 1) for x in (q, own))
+    out = jax.lax.map(attend, (*chunks, jnp.arange(size * count).reshape(count, size)))
+    return out.swapaxes(0, 1).reshape(q.shape)[:, :length]
+
+
+def _visible(
+    own: Int[Array, "B C"], index: Int[Array, " C"], segments: Int[Array, "B T"], causal: bool
+) -> Bool[Array, "B C T"]:
+    same = own[:, :, None] == segments[:, None, :]
+    past = index[None, :, None] >= jnp.arange(segments.shape[1])[None, None]
+    return same & past if causal else same
+
+
+def _splash(q: Array, k: Array, v: Array, segments: Array, causal: bool) -> Array:
+    """The Pallas kernel of JAX's TPU library; off the TPU it is interpreted, for the tests."""
+    length, dim = q.shape[1], q.shape[3]
+    count = _ceil(length, SPLASH_BLOCK)
+    block = _round_up(_ceil(length, count), LANES)
+    q, k, v, segments = _padded(q, k, v, segments, count * block, _round_up(dim, LANES))
+
+    def rows(q: Array, k: Array, v: Array, segments: Array) -> Array:
+        kernel = partial(_splash_kernel, causal=causal, block=block)
+        interpreted = partial(kernel, interpret=True)
+        return jax.lax.platform_dependent(q, k, v, segments, tpu=kernel, default=interpreted)
+
+    out = _on_each_device(rows, len(q))(head_major(q) * dim**-0.5, k, v, segments)
+    return head_major(out)[:, :length, :, :dim]
+
+
+def _splash_kernel(
+    q: Shaped[Array, "B N T H"],
+    k: Shaped[Array, "B K T H"],
+    v: Shaped[Array, "B K T H"],
+    segments: Int[Array, "B T"],
+    *,
+    causal: bool,
+    block: int,
+    interpret: bool = False,
+) -> Shaped[Array, "B N T H"]:
+    _, heads, length, _ = q.shape
+    mask = (CausalMask if causal else FullMask)((length, length))
+    sizes = BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
+    kernel = make_splash_mha(
+        MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+    )
+    return cast(Array, jax.vmap(kernel)(q, k, v, SegmentIds(segments, segments)))
+
+
+def _on_each_device(rows: Callable[..., Array], batch: int) -> Callable[..., Array]:
+    """XLA cannot split a Pallas kernel. Under `jax.set_mesh` each device runs it on its rows, or on all if they do not divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return rows
+    spec = PartitionSpec(mesh.axis_names) if batch % mesh.size == 0 else PartitionSpec()
+    return jax.shard_map(rows, in_specs=(spec,) * 4, out_specs=spec, check_vma=False)
+
+
+def _cudnn(q: Array, k: Array, v: Array, segments: Array, causal: bool) -> Array:
+    """cuDNN's fused kernel. The segments are an explicit mask [B, 1, T, T]: its own packing may be ignored in silence."""
+    length, dim = q.shape[1], q.shape[3]
+    q, k, v, segments = _padded(q, k, v, segments, _round_up(length, CUDNN_MULTIPLE), _round_up(dim, CUDNN_MULTIPLE))
+    out = jax.nn.dot_product_attention(
+        q,
+        head_major(k),
+        head_major(v),
+        mask=segment_mask(segments)[:, None],
+        scale=dim**-0.5,
+        is_causal=causal,
+        implementation="cudnn",
+    )
+    return out[:, :length, :, :dim]
+
+
+BACKENDS: dict[Backend, Callable[[Array, Array, Array, Array, bool], Array]] = {
+    "xla": _xla,
+    "splash": _splash,
+    "cudnn": _cudnn,
+}
+
+
+def _padded(q: Array, k: Array, v: Array, segments: Array, length: int, dim: int) -> tuple[Array, Array, Array, Array]:
+    """Longer rows and wider heads."""
+    rest, wider = length - q.shape[1], [(0, 0)] * 3 + [(0, dim - q.shape[3])]
+    q, k, v = (jnp.pad(x, wider) for x in (q, k, v))
+    k, v = (head_major(_lengthened(head_major(x), rest)) for x in (k, v))
+    return _lengthened(q, rest), k, v, _lengthened(segments, rest)
+
+
+def _lengthened(x: Shaped[Array, "B T *rest"], rest: int) -> Shaped[Array, "B U *rest"]:
+    """With more positions: for segments a segment of their own, -1, which no other position sees."""
+    return jnp.pad(x, [(0, 0), (0, rest)] + [(0, 0)] * (x.ndim - 2), constant_values=0 if x.ndim > 2 else -1)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return _ceil(size, multiple) * multiple
