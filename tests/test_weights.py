@@ -121,7 +121,7 @@ def test_saving_never_overwrites_and_leaves_nothing_half_written(checkpoint, tmp
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sif_jax.models.qwen2_5_vl.weights.save_file", full_disk)
+    monkeypatch.setattr("sif_jax.models.qwen2_5_vl.weights.write_tensors", full_disk)
     with pytest.raises(InputError, match=r"No space left on device.*fix: free space"):
         save_model(model, tmp_path / "out", source=checkpoint)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

@@ -7,7 +7,6 @@ Names are the hub's (`visual.*`, `model.*`); transformers since 4.52 calls the s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,8 +39,10 @@ class Tensor(NamedTuple):
     names: tuple[str, ...]  # one, or one per layer
     shape: tuple[int, ...]  # of each tensor on disk
     stacked: bool
-    to_ours: Callable[[np.ndarray], np.ndarray]
-    to_theirs: Callable[[np.ndarray], np.ndarray]
+    transposed: bool  # a kernel is [in, out] here and [out, in, …] on disk
+
+    def to_theirs(self, value: np.ndarray) -> np.ndarray:
+        return (value.T if self.transposed else value).reshape(self.shape)
 
 
 def checkpoint_tensors(config: Qwen2_5_VLConfig, state: nnx.State) -> dict[PathParts, Tensor]:
@@ -59,13 +60,12 @@ def _tensor(config: Qwen2_5_VLConfig, path: PathParts, shape: tuple[int, ...]) -
         names = tuple(template.format(layer=layer) for layer in range(shape[0]))
     else:
         names = (f"{RENAMED[path if path in RENAMED else path[:-1]]}.{leaf}",)
+    transposed = path[-1] in ("kernel", "lm_head")
+    theirs = inner[::-1] if transposed else inner
     if path == ("vision", "patch_embed", "kernel"):
         vision = config.vision
-        kernel = (inner[1], vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-        return Tensor(names, kernel, stacked, lambda x: x.reshape(inner[1], -1).T, lambda x: x.T.reshape(kernel))
-    if path[-1] in ("kernel", "lm_head"):
-        return Tensor(names, inner[::-1], stacked, np.transpose, np.transpose)
-    return Tensor(names, inner, stacked, np.asarray, np.asarray)
+        theirs = (inner[1], vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+    return Tensor(names, theirs, stacked, transposed)
 
 
 def hub_name(name: str) -> str:
