@@ -60,6 +60,9 @@ class ModelConfig(Config):
     remat: Literal["none", "full", "dots"] = Field(
         default="full", description="activations recomputed in the backward pass"
     )
+    attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
+        default="auto", description="kernel of self-attention; auto: splash on TPU, cudnn on GPU where it proves right"
+    )
 
     @model_validator(mode="after")
     def _pixels_are_ordered(self) -> ModelConfig:

@@ -29,6 +29,7 @@ from sif_jax.models.qwen2_5_vl.layers import LoRAParam
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from sif_jax.models.qwen2_5_vl.names import PathParts, Tensor, checkpoint_tensors, hub_name
 from sif_jax.models.qwen2_5_vl.tensor_file import TensorFile, TensorSpec, write_tensors
+from sif_jax.ops.attention_backends import Backend
 from sif_jax.ops.scan import Remat
 from sif_jax.parallel.partition import parameter_sharding
 
@@ -37,18 +38,33 @@ SHARD_BYTES = 5 * 10**9
 
 
 def abstract_model(
-    config: Qwen2_5_VLConfig, *, param_dtype: Any, compute_dtype: Any = None, remat: Remat = "none"
+    config: Qwen2_5_VLConfig,
+    *,
+    param_dtype: Any,
+    compute_dtype: Any = None,
+    remat: Remat = "none",
+    attention: Backend = "xla",
 ) -> Qwen2_5_VL:
     """The model with shapes in place of arrays."""
     return nnx.eval_shape(
         lambda: Qwen2_5_VL(
-            config, param_dtype=param_dtype, compute_dtype=compute_dtype, remat=remat, rngs=nnx.Rngs(params=0)
+            config,
+            param_dtype=param_dtype,
+            compute_dtype=compute_dtype,
+            remat=remat,
+            attention=attention,
+            rngs=nnx.Rngs(params=0),
         )
     )
 
 
 def load_model(
-    directory: str | Path, *, dtype: str = "float32", remat: Remat = "none", mesh: Mesh | None = None
+    directory: str | Path,
+    *,
+    dtype: str = "float32",
+    remat: Remat = "none",
+    attention: Backend = "xla",
+    mesh: Mesh | None = None,
 ) -> Qwen2_5_VL:
     """Read a Hugging Face directory (one or several safetensors files) into a model, born split over the mesh.
 
@@ -57,7 +73,7 @@ def load_model(
     """
     directory = Path(directory)
     config = Qwen2_5_VLConfig.from_directory(directory)
-    graphdef, state = nnx.split(abstract_model(config, param_dtype=jnp.dtype(dtype), remat=remat))
+    graphdef, state = nnx.split(abstract_model(config, param_dtype=jnp.dtype(dtype), remat=remat, attention=attention))
     slots = _slots(config, state)
     sources = _find_sources(directory)
     _check_names(directory, set(slots), set(sources), config)
