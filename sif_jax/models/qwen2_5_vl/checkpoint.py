@@ -8,6 +8,7 @@ from sif_jax.config import ModelConfig
 from sif_jax.models.qwen2_5_vl.chat import ChatProcessor
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from sif_jax.models.qwen2_5_vl.weights import load_model
+from sif_jax.ops.attention_choice import choose_backend
 
 
 def model_directory(path: str | Path) -> Path:
@@ -23,4 +24,5 @@ def open_processor(config: ModelConfig) -> ChatProcessor:
 
 
 def open_model(config: ModelConfig) -> Qwen2_5_VL:
-    return load_model(model_directory(config.path), dtype=config.dtype, remat=config.remat)
+    attention = choose_backend(config.attention, config.dtype)
+    return load_model(model_directory(config.path), dtype=config.dtype, remat=config.remat, attention=attention)
