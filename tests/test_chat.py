@@ -1,5 +1,6 @@
 """Chat encoding against transformers' Qwen2_5_VLProcessor, token for token, on the real vocabulary and on a tiny one."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -141,25 +142,48 @@ def test_placeholders_take_the_images_in_order():
     assert second == {"role": "assistant", "content": [words("D")]}
 
 
-@pytest.mark.parametrize("images", [[], ["a.png"], ["a.png"] * 3])
-def test_images_that_do_not_match_the_placeholders_are_refused(images):
-    with pytest.raises(InputError, match="2 <image> and"):
-        messages_with_images([{"role": "user", "content": "<image><image>"}], images)
+TURNS = [
+    {"role": "user", "content": "<image>?"},
+    {"role": "assistant", "content": "!"},
+    {"role": "user", "content": "<image>"},
+]
 
 
-def test_an_image_token_in_the_text_is_refused(tiny):
-    with pytest.raises(InputError, match="1 image placeholders for 0 images"):
-        tiny.encode([{"role": "user", "content": "<|image_pad|>"}])
+@pytest.mark.parametrize(
+    ("num_images", "told"),
+    [
+        (0, "message 1 (user) has an <image> without an image; got '2 <image> and 0 images'"),
+        (1, "message 3 (user) has an <image> without an image; got '2 <image> and 1 images'"),
+        (3, "an image is shown nowhere; got '2 <image> and 3 images'; expected one <image> per image"),
+    ],
+)
+def test_images_that_do_not_match_the_placeholders_are_refused_by_message(num_images, told):
+    with pytest.raises(InputError) as caught:
+        messages_with_images(TURNS, ["a.png"] * num_images)
+    assert str(caught.value).startswith(told)
+
+
+@pytest.mark.parametrize("content", ["a <|image_pad|>", [picture(56, 56), words("<|image_pad|>")]])
+def test_an_image_token_in_the_text_is_refused_by_message(tiny, content):
+    with pytest.raises(InputError, match=r"^message 2 \(user\) has <\|image_pad\|> in its text; fix: remove it"):
+        tiny.encode([{"role": "system", "content": "x"}, {"role": "user", "content": content}])
+
+
+def test_a_template_that_hides_images_is_refused_with_the_messages_that_hold_them(tiny):
+    blind = dataclasses.replace(tiny, chat_template="{% for message in messages %}{{ message.role }}{% endfor %}")
+    turns = [{"role": "user", "content": [picture(56, 56)] * 2}, {"role": "user", "content": [picture(56, 56)]}]
+    with pytest.raises(InputError, match=r"0 image placeholders for 3 images; got '2 in message 1 .*, 1 in message 2"):
+        blind.encode(turns)
 
 
 @pytest.mark.parametrize("content", [None, 3, [{"type": "video", "video": "a.mp4"}], [{"type": "text"}], ["text"]])
 def test_a_content_that_is_neither_text_nor_image_is_refused(tiny, content):
-    with pytest.raises(InputError, match="not a message content"):
+    with pytest.raises(InputError, match=r"message 1 \(user\) has no content that can be read"):
         tiny.encode([{"role": "user", "content": content}])
 
 
 def test_a_message_without_a_role_is_refused(tiny):
-    with pytest.raises(InputError, match="no role"):
+    with pytest.raises(InputError, match=r"message 1 .* has no role"):
         tiny.encode([{"content": "x"}])
 
 

@@ -1,5 +1,6 @@
 """From records to batches: examples, buckets, packing, and a loader that resumes exactly."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -272,6 +273,20 @@ def test_an_example_larger_than_every_bucket_is_refused(sizes, message):
         collator(1, tokens=(64,) if "text" in sizes else (256,), patches=(256,))([[example(7, **sizes)]])
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"images": ()}, "got '6 image tokens and 0 patches'; expected one token for 4 patches"),
+        ({"tokens": np.full(11, TEXT, np.int32)}, "got '0 image tokens and 24 patches'"),
+        ({"images": (PatchedImage(np.zeros((24, 6), np.float32), (4, 4)),)}, r"image 1 do not fill its grid.*4 \* 4"),
+        ({"images": (PatchedImage(np.zeros((24, 5), np.float32), (4, 6)),)}, r"got \[24, 5\]; expected \[4 \* 6, 6\]"),
+    ],
+)
+def test_tokens_that_do_not_show_the_images_are_refused(changes, told):
+    with pytest.raises(InputError, match=told):
+        collator(1)([[dataclasses.replace(example(grids=[(4, 6)]), **changes)]])
+
+
 def test_a_collator_takes_its_numbers_from_the_model(chat):
     collate = Collator.for_model(chat, VISION, BucketsConfig(), 3)
     assert (collate.window_patches, collate.merge_size, collate.patch_dim, collate.batch_size) == (8, 2, 1176, 3)
@@ -279,8 +294,6 @@ def test_a_collator_takes_its_numbers_from_the_model(chat):
 
 
 def test_an_image_processor_of_another_patch_size_is_refused(chat):
-    import dataclasses
-
     with pytest.raises(InputError, match=r"disagree.*\(14, 2\).*\(16, 2\)"):
         Collator.for_model(chat, dataclasses.replace(VISION, patch_size=16), BucketsConfig(), 3)
 

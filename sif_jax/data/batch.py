@@ -83,8 +83,10 @@ class Collator:
     def check(self, row: Row) -> None:
         """
         Raises:
-          InputError: the row is longer than the largest bucket.
+          InputError: the row is longer than the largest bucket, or an example's tokens do not show its images.
         """
+        for example in row:
+            self._check_images(example)
         for kind, length in (("tokens", _num_tokens(row)), ("patches", _num_patches(row))):
             largest = getattr(self.buckets, kind)[-1]
             if length > largest:
@@ -93,6 +95,23 @@ class Collator:
                     value=length,
                     expected=f"at most {largest}, the largest bucket",
                     fix=f"raise data.buckets.{kind}, or lower model.max_pixels",
+                )
+
+    def _check_images(self, example: Example) -> None:
+        unit, num_tokens = self.merge_size**2, int((example.tokens == self.image_token_id).sum())
+        if num_tokens * unit != example.num_patches:
+            raise InputError(
+                "the image tokens do not match the images",
+                value=f"{num_tokens} image tokens and {example.num_patches} patches",
+                expected=f"one token for {unit} patches",
+                fix="encode the messages with the images",
+            )
+        for number, (patches, (height, width)) in enumerate(example.images, 1):
+            if patches.shape != (height * width, self.patch_dim):
+                raise InputError(
+                    f"the patches of image {number} do not fill its grid",
+                    value=list(patches.shape),
+                    expected=f"[{height} * {width}, {self.patch_dim}]",
                 )
 
     def __call__(self, rows: Sequence[Row]) -> Batch:

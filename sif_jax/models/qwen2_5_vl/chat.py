@@ -19,6 +19,7 @@ from sif_jax.models.qwen2_5_vl.image_processor import ImageProcessor, PatchedIma
 from sif_jax.models.qwen2_5_vl.layout import mrope_positions
 
 IMAGE_PLACEHOLDER = "<image>"
+IMAGE_TOKEN = "<|image_pad|>"
 TEMPLATE_FILE = "chat_template.jinja"
 LEGACY_TEMPLATE_FILE = "chat_template.json"
 
@@ -90,10 +91,11 @@ class ChatProcessor:
         Raises:
           InputError: a content part is neither text nor image, or the template shows another number of images.
         """
-        turns = [_checked(message) for message in messages]
-        images = tuple(self.image_processor.patches(_opened(part["image"])) for part in _image_parts(turns))
-        ids = self._text_ids(self._render(turns, add_generation_prompt))
-        return self._with_images(ids, images)
+        turns = [_checked(number, message) for number, message in enumerate(messages, 1)]
+        tokens = np.array(self._text_ids(self._render(turns, add_generation_prompt)), np.int32)
+        _check_all_shown(turns, int((tokens == self.ids.image_pad).sum()))
+        parts = [part for turn in turns for part in _image_parts(turn)]
+        return self._with_images(tokens, tuple(self.image_processor.patches(_opened(part["image"])) for part in parts))
 
     def encode_example(self, messages: Messages, completion: str) -> tuple[Encoded, Float32[np.ndarray, " L"]]:
         """Prompt and completion, and the loss mask: 1 on the completion's tokens and the `<|im_end|>` that ends it.
@@ -131,14 +133,8 @@ class ChatProcessor:
                 "the text is not Unicode", value=text, fix="remove lone surrogates (\\ud800 ...)"
             ) from None
 
-    def _with_images(self, ids: Sequence[int], images: tuple[PatchedImage, ...]) -> Encoded:
-        tokens = np.array(ids, np.int32)
+    def _with_images(self, tokens: Int32[np.ndarray, " T"], images: tuple[PatchedImage, ...]) -> Encoded:
         placeholders = tokens == self.ids.image_pad
-        if placeholders.sum() != len(images):
-            raise InputError(
-                f"{placeholders.sum()} image placeholders for {len(images)} images",
-                fix="give one image per placeholder, keep <|image_pad|> out of the text, use a vision chat template",
-            )
         repeats = np.ones(len(tokens), np.int64)
         repeats[placeholders] = [len(image.patches) // self.image_processor.merge_size**2 for image in images]
         tokens = np.repeat(tokens, repeats)
@@ -157,14 +153,20 @@ def messages_with_images(messages: Messages, images: Sequence[Any]) -> list[dict
     Raises:
       InputError: there are more or fewer placeholders than images.
     """
-    contents = [message["content"] for message in messages]
-    if not all(isinstance(content, str) for content in contents):
-        raise InputError("not a message content", value=contents, expected=f"strings with {IMAGE_PLACEHOLDER}")
-    num_placeholders = sum(content.count(IMAGE_PLACEHOLDER) for content in contents)
-    if num_placeholders != len(images):
+    holders = []
+    for number, message in enumerate(messages, 1):
+        name, content = _named(number, message), message.get("content")
+        if not isinstance(content, str):
+            raise InputError(f"{name} has no text", value=content, expected=f"a string with {IMAGE_PLACEHOLDER}")
+        holders += [name] * content.count(IMAGE_PLACEHOLDER)
+    if len(holders) != len(images):
+        surplus = holders[len(images) :]
+        missing = (
+            f"{surplus[0]} has an {IMAGE_PLACEHOLDER} without an image" if surplus else "an image is shown nowhere"
+        )
         raise InputError(
-            "images and placeholders do not match",
-            value=f"{num_placeholders} {IMAGE_PLACEHOLDER} and {len(images)} images",
+            missing,
+            value=f"{len(holders)} {IMAGE_PLACEHOLDER} and {len(images)} images",
             expected=f"one {IMAGE_PLACEHOLDER} per image",
         )
     remaining = iter(images)
@@ -182,19 +184,27 @@ def _parts(text: str, images: Iterable[Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _checked(message: Mapping[str, Any]) -> dict[str, Any]:
-    content = message.get("content")
-    parts = [] if isinstance(content, str) else content
+def _checked(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    name, content = _named(number, message), message.get("content")
+    if not isinstance(message.get("role"), str):
+        raise InputError(f"{name} has no role", value=message.get("role"), expected="'system', 'user' or 'assistant'")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     kinds = ({"type": "text", "text": str}, {"type": "image", "image": object})
     if not isinstance(parts, Sequence) or not all(any(_is_part(part, kind) for kind in kinds) for part in parts):
         raise InputError(
-            "not a message content",
+            f"{name} has no content that can be read",
             value=content,
             expected='a string or a list of {"type": "text", "text": ...} and {"type": "image", "image": ...}',
         )
-    if not isinstance(message.get("role"), str):
-        raise InputError("a message has no role", value=message.get("role"), expected="'system', 'user' or 'assistant'")
+    if any(IMAGE_TOKEN in part["text"] for part in parts if part["type"] == "text"):
+        raise InputError(
+            f"{name} has {IMAGE_TOKEN} in its text", fix="remove it; an image is a content part of its own"
+        )
     return dict(message)
+
+
+def _named(number: int, message: Mapping[str, Any]) -> str:
+    return f"message {number} ({message.get('role')})"
 
 
 def _is_part(part: object, kind: Mapping[str, Any]) -> bool:
@@ -202,9 +212,20 @@ def _is_part(part: object, kind: Mapping[str, Any]) -> bool:
     return isinstance(part, Mapping) and part.get("type") == name and isinstance(part.get(key), value_type)
 
 
-def _image_parts(turns: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
-    contents = (turn["content"] for turn in turns if not isinstance(turn["content"], str))
-    return [part for content in contents for part in content if part["type"] == "image"]
+def _image_parts(turn: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    content = turn["content"]
+    return [] if isinstance(content, str) else [part for part in content if part["type"] == "image"]
+
+
+def _check_all_shown(turns: Sequence[Mapping[str, Any]], num_placeholders: int) -> None:
+    counts = [len(_image_parts(turn)) for turn in turns]
+    if num_placeholders != sum(counts):
+        held = (f"{count} in {_named(n, turn)}" for n, (turn, count) in enumerate(zip(turns, counts), 1) if count)
+        raise InputError(
+            f"the chat template writes {num_placeholders} image placeholders for {sum(counts)} images",
+            value=", ".join(held) or None,
+            fix="use Qwen2.5-VL's chat template",
+        )
 
 
 def _opened(image: object) -> Image.Image | np.ndarray:
