@@ -14,7 +14,7 @@ from jaxtyping import Array
 from sif_jax.errors import InputError
 from sif_jax.ops.attention_backends import Backend, self_attention
 
-HOME: dict[Backend, str] = {"splash": "tpu", "cudnn": "gpu"}  # xla is at home everywhere
+NATIVE: dict[str, Backend] = {"tpu": "splash", "gpu": "cudnn"}  # xla runs everywhere
 # Relative; both sides in bfloat16, whose step is 2**-8. A segment that is ignored gives an error near 1.
 TOLERANCE = 0.03
 
@@ -27,16 +27,13 @@ def choose_backend(name: Literal["auto"] | Backend, dtype: str) -> Backend:
       InputError: the backend named cannot run here, or computes something else.
     """
     platform = jax.default_backend()
-    wanted: list[Backend] = (
-        [backend for backend, home in HOME.items() if home == platform] if name == "auto" else [name]
-    )
-    problems = {backend: problem for backend in wanted if (problem := why_not(backend, dtype))}
-    if name != "auto" and problems:
-        raise InputError(problems[name], value=name, fix="set model.attention=auto")
-    usable = [backend for backend in wanted if backend not in problems]
-    chosen: Backend = usable[0] if usable else "xla"
+    wanted = NATIVE.get(platform, "xla") if name == "auto" else name
+    problem = why_not(wanted, dtype)
+    if problem and name != "auto":
+        raise InputError(problem, value=name, fix="set model.attention=auto")
+    chosen: Backend = "xla" if problem else wanted
     if jax.process_index() == 0:
-        print(f"attention: {chosen} ({'; '.join([platform, *problems.values()])})", file=sys.stderr)
+        print(f"attention: {chosen} ({'; '.join(filter(None, [platform, problem]))})", file=sys.stderr)
     return chosen
 
 
@@ -44,8 +41,9 @@ def why_not(backend: Backend, dtype: str) -> str | None:
     """What is wrong with a backend here: packed rows, forward and gradient, are held against XLA's."""
     if backend == "xla":
         return None
-    if HOME[backend] != jax.default_backend():
-        return f"{backend} attention needs a {HOME[backend].upper()}"
+    platform = jax.default_backend()
+    if NATIVE.get(platform) != backend:
+        return f"{backend} attention does not run on {platform}"
     if backend == "cudnn" and dtype == "float32":
         return "cudnn attention computes in bfloat16 only"
     try:
