@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -18,12 +20,13 @@ from sif_jax.config import BucketsConfig, ModelConfig
 from sif_jax.data.batch import Collator
 from sif_jax.data.example import Example
 from sif_jax.errors import InputError
+from sif_jax.models.qwen2_5_vl.adapter import save_adapter
 from sif_jax.models.qwen2_5_vl.chat import ChatProcessor, Encoded, Messages
-from sif_jax.models.qwen2_5_vl.checkpoint import model_directory, open_model, open_processor
+from sif_jax.models.qwen2_5_vl.checkpoint import find_checkpoint, open_model, open_processor
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from sif_jax.models.qwen2_5_vl.lora import lora_of, merge_lora
 from sif_jax.models.qwen2_5_vl.model import Batch
 from sif_jax.models.qwen2_5_vl.weights import save_model
-from sif_jax.parallel.mesh import replicate
 from sif_jax.rollout.engine import encode_images, generate
 from sif_jax.rollout.sampling import Sampling, sample_keys
 
@@ -43,24 +46,30 @@ def load(
     dtype: Literal["float32", "bfloat16"] = "float32",
     mesh: Mesh | None = None,
     *,
+    adapter: str | Path | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    other_pixels: bool = False,
 ) -> VLM:
-    """Open a Hugging Face directory, or the directory of one of our runs.
+    """Open a Hugging Face directory, a PEFT adapter (with its base), or one of our runs; lay `adapter` over it.
+
+    On a mesh with an "fsdp" axis the weights are split over it. `other_pixels` allows pixel limits other than those the
+    checkpoint was trained with.
 
     Raises:
       InputError: something in the directory is missing or does not fit together.
     """
-    config = ModelConfig(path=str(path), dtype=dtype, remat="none", min_pixels=min_pixels, max_pixels=max_pixels)
-    model = open_model(config)
-    graphdef, state = nnx.split(model)
-    return VLM(
-        open_processor(config),
-        model.config,
-        graphdef,
-        state if mesh is None else replicate(state, mesh),
-        model_directory(path),
+    config = ModelConfig(
+        path=str(path),
+        adapter=None if adapter is None else str(adapter),
+        dtype=dtype,
+        remat="none",
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        other_pixels=other_pixels,
     )
+    model = open_model(config, mesh)
+    return VLM(open_processor(config), model.config, *nnx.split(model), find_checkpoint(config).base)
 
 
 @dataclass(frozen=True)
@@ -118,13 +127,24 @@ class VLM:
             for ids, logprobs, length, finished in rows
         ]
 
+    def merged(self) -> VLM:
+        """The same model with its adapter folded into the weights; this one stays as it is."""
+        model = nnx.merge(self.graphdef, jax.tree.map(jnp.copy, self.state))
+        merge_lora(model)
+        return dataclasses.replace(self, **dict(zip(("graphdef", "state"), nnx.split(model))))
+
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write a Hugging Face directory that transformers and `load` read.
+        """Write a Hugging Face directory that transformers and `load` read; of a model with an adapter, the adapter alone
+        in PEFT's layout (`merged()` gives the whole).
 
         Raises:
           InputError: the directory exists, or the disk is full.
         """
-        save_model(nnx.merge(self.graphdef, self.state), directory, source=self.source)
+        model = nnx.merge(self.graphdef, self.state)
+        if lora_of(model).factors:
+            save_adapter(model, directory, base=str(self.source))
+        else:
+            save_model(model, directory, source=self.source)
 
     def _batch(self, inputs: Encoded) -> dict[str, np.ndarray]:
         example = Example(*inputs[:2], np.zeros(len(inputs.tokens), np.float32), inputs.images, 0)

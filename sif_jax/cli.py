@@ -15,6 +15,7 @@ from sif_jax.config import (
     DataConfig,
     DemoConfig,
     EvalConfig,
+    ExportConfig,
     GenerateConfig,
     GrpoConfig,
     RunName,
@@ -193,14 +194,25 @@ def generate(config: GenerateConfig) -> None:
     text = user_text(config.question, prompt.depth_input, prompt.with_depth_words)
     images = [config.image, config.depth] if prompt.depth_input else [config.image]
     vlm = load(
-        config.model.path,
-        dtype=config.model.dtype,
-        min_pixels=config.model.min_pixels,
-        max_pixels=config.model.max_pixels,
+        **config.model.model_dump(include={"path", "adapter", "dtype", "min_pixels", "max_pixels", "other_pixels"})
     )
     messages = messages_with_images([{"role": "user", "content": text}], images)
     for completion in vlm.generate(messages, **sampling.model_dump()):
         click.echo(completion.text)
+
+
+@_command(main, "export", ExportConfig)
+def export(config: ExportConfig) -> None:
+    """Write a run, or a checkpoint with an adapter, as a Hugging Face model or a PEFT adapter.
+
+    \b
+    Example: sif-jax export path=runs/paper-sft out=exports/sft
+             sif-jax export path=runs/paper-sft out=exports/sft-lora format=adapter
+             sif-jax export path=ckpt/Qwen2.5-VL-7B-Instruct adapter=some-peft-adapter out=exports/merged dtype=bfloat16
+    """
+    from sif_jax.training.export import export
+
+    click.echo(export(config))
 
 
 @_command(data, "build", ScenesBuildConfig)

@@ -52,9 +52,7 @@ class Checkpoints:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._manager.save(step, args=items, force=True)
 
-    def restore(
-        self, step: int | None, arrays_like: Any, *, partial: bool = False
-    ) -> tuple[int, Any, dict[str, Any]]:
+    def restore(self, step: int | None, arrays_like: Any, *, partial: bool = False) -> tuple[int, Any, dict[str, Any]]:
         """(step, arrays, host) of one step, or of the latest; arrays take the sharding of `arrays_like`.
 
         `partial` reads those arrays alone and leaves the others of the checkpoint on disk.

@@ -116,7 +116,7 @@ def train(config: GrpoConfig) -> Path:
     for open_file in (log, progress, checkpoints):
         open_file.close()
     feed.report_skipped()
-    export_policy(policy, state.trainable, directory / "model")
+    export_policy(policy, state.trainable, directory)
     return directory
 
 

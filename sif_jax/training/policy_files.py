@@ -1,22 +1,22 @@
-"""Open the model a run trains, and write it back as a Hugging Face directory (io)."""
+"""Open the model a run trains, and write it back as files that others read (io)."""
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
-from typing import Any
 
-import jax
 from flax import nnx
 
+from sif_jax.atomic import new_directory
 from sif_jax.config import LoraConfig, ModelConfig
 from sif_jax.errors import InputError
+from sif_jax.models.qwen2_5_vl.adapter import write_lora
 from sif_jax.models.qwen2_5_vl.chat import ChatProcessor
-from sif_jax.models.qwen2_5_vl.checkpoint import model_directory, open_model, open_processor
+from sif_jax.models.qwen2_5_vl.checkpoint import Checkpoint, find_checkpoint, open_model, open_processor
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
-from sif_jax.models.qwen2_5_vl.lora import add_lora, merge_lora, split_trainable
-from sif_jax.models.qwen2_5_vl.weights import save_model
+from sif_jax.models.qwen2_5_vl.lora import add_lora, lora_of, merge_lora, split_trainable
+from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
+from sif_jax.models.qwen2_5_vl.weights import write_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,29 +28,55 @@ class Policy:
     graphdef: nnx.GraphDef
     trainable: nnx.State
     frozen: nnx.State
-    source: Path
+    source: Checkpoint
 
 
 def open_policy(config: ModelConfig, *, lora: LoraConfig | None, freeze_vision: bool, seed: int) -> Policy:
-    """Load the checkpoint, attach adapters, and split what is trained from what is not."""
+    """Load the checkpoint, fold in the adapter it comes with, attach a new one, and split what is trained from what is not."""
     model = open_model(config)
+    merge_lora(model)
     if lora:
         add_lora(model, **lora.model_dump(), freeze_vision=freeze_vision, rngs=nnx.Rngs(params=seed))
     graphdef, trainable, frozen = split_trainable(model, lora=lora is not None, freeze_vision=freeze_vision)
-    source = model_directory(config.path)
-    return Policy(open_processor(config), model.config, graphdef, trainable, frozen, source)
+    return Policy(open_processor(config), model.config, graphdef, trainable, frozen, find_checkpoint(config))
 
 
-def export_policy(policy: Policy, trainable: Any, directory: Path) -> None:
-    """Write the trained model, adapters merged, with the run's pixel limits; an earlier export stays until it is done."""
-    model = nnx.merge(policy.graphdef, *jax.tree.map(lambda x: x, (trainable, policy.frozen)))
+def export_policy(policy: Policy, trainable: nnx.State, run: Path) -> None:
+    """Write `run/model`, adapters merged, and `run/adapter` where there is one; earlier exports stay until then.
+
+    The weights of `policy.frozen` are used up.
+    """
+    model = nnx.merge(policy.graphdef, trainable, policy.frozen, copy=True)
+    if lora_of(model).factors and not policy.source.adapter:
+        write_adapter(policy, model, run / "adapter", replace=True)
+    write_merged(policy, model, run / "model", replace=True)
+
+
+def write_merged(policy: Policy, model: Qwen2_5_VL, directory: Path, *, replace: bool = False) -> None:
+    """A Hugging Face directory with adapters folded in, which records the pixel limits of the run."""
     merge_lora(model)
-    new = directory.with_name(directory.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
-    save_model(model, new, source=policy.source)
-    policy.processor.image_processor.save(new)
-    shutil.rmtree(directory, ignore_errors=True)
-    new.rename(directory)
+    with new_directory(directory, replace=replace) as partial:
+        write_model(model, partial, source=policy.source.base)
+        policy.processor.image_processor.save(partial, trained=True)
+
+
+def write_adapter(policy: Policy, model: Qwen2_5_VL, directory: Path, *, replace: bool = False) -> None:
+    """A PEFT directory, which records the pixel limits of the run.
+
+    Raises:
+      InputError: the run had no adapter, or folded another one into its base, which is then no checkpoint on disk.
+    """
+    base, folded = policy.source
+    if folded:
+        raise InputError(
+            "the base of this adapter is nowhere on disk",
+            file=base,
+            value=f"model.adapter={folded}",
+            fix="export format=merged; or export the first adapter merged, and train on that",
+        )
+    with new_directory(directory, replace=replace) as partial:
+        write_lora(model, partial, base=str(base))
+        policy.processor.image_processor.save(partial, trained=True)
 
 
 def check_finite(loss: float, *, step: int, file: Path) -> None:

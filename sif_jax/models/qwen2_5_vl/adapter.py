@@ -67,13 +67,18 @@ def save_adapter(model: Qwen2_5_VL, directory: str | Path, *, base: str) -> None
     Raises:
       InputError: there is no adapter, the directory exists, or the disk is full.
     """
-    directory, adapter = Path(directory), lora_of(model)
+    with new_directory(Path(directory)) as partial:
+        write_lora(model, partial, base=base)
+
+
+def write_lora(model: Qwen2_5_VL, directory: Path, *, base: str) -> None:
+    """The files of `save_adapter`, into a directory that is there."""
+    adapter = lora_of(model)
     if not adapter.factors:
-        raise InputError("the model has no adapter to save", file=directory, fix="train with lora, or save the weights")
+        raise InputError("the model has no adapter to save", fix="train with lora, or export format=merged")
     modules = {name: names for name, names in module_names(model).items() if name in adapter.factors}
-    with new_directory(directory) as partial:
-        (partial / CONFIG).write_text(json.dumps(_config_json(adapter, modules, base), indent=2) + "\n")
-        (partial / WEIGHTS).write_bytes(save(_tensors(adapter, modules), metadata={"format": "pt"}))
+    (directory / CONFIG).write_text(json.dumps(_config_json(adapter, modules, base), indent=2) + "\n")
+    (directory / WEIGHTS).write_bytes(save(_tensors(adapter, modules), metadata={"format": "pt"}))
 
 
 def _config_json(adapter: Adapter, modules: Mapping[str, tuple[str, ...]], base: str) -> dict[str, Any]:
@@ -143,6 +148,25 @@ def load_adapter(model: Qwen2_5_VL, directory: str | Path, *, source: str | None
                 jnp.asarray(b.reshape(*stacked, config.r, d_out), jnp.float32),
             )
     attach_lora(model, Adapter(config.r, config.alpha, config.lora_dropout, factors))
+
+
+def base_of(directory: str | Path) -> Path:
+    """The directory of the checkpoint that an adapter was made for.
+
+    Raises:
+      InputError: the adapter does not name one, or it is not here.
+    """
+    file = Path(directory) / CONFIG
+    base = _read_config(file).base_model_name_or_path
+    if base is None or not Path(base).is_dir():
+        raise InputError(
+            "the base of this adapter is not here",
+            file=file,
+            value=base,
+            expected="a directory",
+            fix="set model.path to the base and model.adapter to the adapter",
+        )
+    return Path(base)
 
 
 def _read_config(file: Path) -> PeftConfig:

@@ -6,7 +6,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import DTypeLike
 
 from sif_jax.errors import InputError
 
@@ -103,6 +106,25 @@ class Qwen2_5_VLConfig:  # noqa: N801  the model's published name
             raise InputError("a key is missing", file=file, value=error.args[0]) from None
         _check(config, text, file)
         return config
+
+
+DTYPE_KEYS = ("torch_dtype", "dtype")  # the second since transformers 4.56
+SECTIONS = ("text_config", "vision_config")
+
+
+def stored_dtype(directory: str | Path) -> Literal["float32", "bfloat16"]:
+    """The dtype that a checkpoint's config.json names; float32, which holds them all, for any but bfloat16."""
+    raw = json.loads((Path(directory) / "config.json").read_text())
+    return "bfloat16" if "bfloat16" in (raw.get(key) for key in DTYPE_KEYS) else "float32"
+
+
+def write_dtype(directory: Path, dtype: DTypeLike) -> None:
+    """Name another dtype in a config.json, wherever it names one."""
+    path = directory / "config.json"
+    raw = json.loads(path.read_text())
+    for section in (raw, *(raw[name] for name in SECTIONS if name in raw)):
+        section.update({key: np.dtype(dtype).name for key in DTYPE_KEYS if section.get(key)})
+    path.write_text(json.dumps(raw, indent=2) + "\n")
 
 
 def _is_tied(raw: Mapping[str, Any]) -> bool:
