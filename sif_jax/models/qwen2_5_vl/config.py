@@ -13,6 +13,9 @@ from numpy.typing import DTypeLike
 
 from sif_jax.errors import InputError
 
+DTYPE_KEYS = ("torch_dtype", "dtype")  # the second since transformers 4.56
+SECTIONS = ("text_config", "vision_config")
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -76,15 +79,7 @@ class Qwen2_5_VLConfig:  # noqa: N801  the model's published name
         Raises:
           InputError: the file is missing, malformed, of another architecture, or asks for something not supported.
         """
-        path = Path(directory) / "config.json"
-        try:
-            raw = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise InputError(
-                "no model here", file=path, expected="a Hugging Face checkpoint directory", fix="check model.path"
-            ) from None
-        except json.JSONDecodeError as error:
-            raise InputError(f"malformed JSON at line {error.lineno}: {error.msg}", file=path) from None
+        raw, path = _read_json(directory)
         return cls.from_dict(raw, file=path)
 
     @classmethod
@@ -108,20 +103,27 @@ class Qwen2_5_VLConfig:  # noqa: N801  the model's published name
         return config
 
 
-DTYPE_KEYS = ("torch_dtype", "dtype")  # the second since transformers 4.56
-SECTIONS = ("text_config", "vision_config")
+def _read_json(directory: str | Path) -> tuple[dict[str, Any], Path]:
+    path = Path(directory) / "config.json"
+    try:
+        return json.loads(path.read_text()), path
+    except FileNotFoundError:
+        raise InputError(
+            "no model here", file=path, expected="a Hugging Face checkpoint directory", fix="check model.path"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"malformed JSON at line {error.lineno}: {error.msg}", file=path) from None
 
 
 def stored_dtype(directory: str | Path) -> Literal["float32", "bfloat16"]:
     """The dtype that a checkpoint's config.json names; float32, which holds them all, for any but bfloat16."""
-    raw = json.loads((Path(directory) / "config.json").read_text())
+    raw, _ = _read_json(directory)
     return "bfloat16" if "bfloat16" in (raw.get(key) for key in DTYPE_KEYS) else "float32"
 
 
 def write_dtype(directory: Path, dtype: DTypeLike) -> None:
     """Name another dtype in a config.json, wherever it names one."""
-    path = directory / "config.json"
-    raw = json.loads(path.read_text())
+    raw, path = _read_json(directory)
     for section in (raw, *(raw[name] for name in SECTIONS if name in raw)):
         section.update({key: np.dtype(dtype).name for key in DTYPE_KEYS if section.get(key)})
     path.write_text(json.dumps(raw, indent=2) + "\n")
