@@ -6,11 +6,22 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import sif_jax
+from sif_jax.config import LoraConfig, config_text, load_config
 from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.layers import Linear, LoRAParam
-from sif_jax.models.qwen2_5_vl.lora import add_lora, linear_layers, merge_lora, split_trainable
+from sif_jax.models.qwen2_5_vl.lora import (
+    add_lora,
+    add_product,
+    linear_layers,
+    lora_of,
+    merge_lora,
+    split_trainable,
+    unmerge_lora,
+)
 from sif_jax.models.qwen2_5_vl.weights import load_model
 from tests.checkpoints import tiny_checkpoint
 from tests.test_rollout import prompts
@@ -127,6 +138,62 @@ def test_merged_weights_give_the_same_logits_as_the_adapters(batch):
     np.testing.assert_allclose(logits_of(model, batch)[0, real], before[0, real], atol=1e-4)
 
 
+def test_merging_and_unmerging_give_back_the_logits_and_the_very_factors(batch, measured):
+    model = open_adapted()
+    fill(model)
+    before, factors = logits_of(model, batch), jax.tree.map(np.asarray, dict(lora_of(model).factors))
+    unmerge_lora(model, merge_lora(model))
+    after, again = logits_of(model, batch), jax.tree.map(np.asarray, dict(lora_of(model).factors))
+    assert lora_of(model).alpha == SETTINGS["alpha"]
+    jax.tree.map(np.testing.assert_array_equal, again, factors)
+    real = np.asarray(batch["segments"])[0] > 0
+    difference = np.abs(after - before)[0, real].max() / np.abs(before[0, real]).max()
+    measured("logits after merging and unmerging an adapter, relative", difference, at_most=1e-4)
+
+
+def test_unmerging_bfloat16_weights_is_within_one_rounding(measured):
+    model = open_adapted(dtype="bfloat16")
+    fill(model)
+    before = {name: np.asarray(layer.kernel[...], np.float32) for name, layer in linear_layers(model).items()}
+    adapter = merge_lora(model)
+    merged = {name: np.asarray(layer.kernel[...], np.float32) for name, layer in linear_layers(model).items()}
+    unmerge_lora(model, adapter)
+    worst = 0.0
+    for name, layer in linear_layers(model).items():
+        assert layer.kernel.dtype == jnp.bfloat16
+        assert (merged[name] != before[name]).any()
+        step = 2.0**-8 * np.maximum(np.abs(merged[name]), np.abs(before[name]))
+        worst = max(worst, (np.abs(np.asarray(layer.kernel[...], np.float32) - before[name]) / step).max())
+    measured("bfloat16 weights after merging and unmerging, roundings", worst, at_most=2)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.sampled_from([1, 3, 9]), st.floats(-64, 64, width=32), st.integers(0, 99))
+def test_the_product_is_added_to_every_layer_of_a_stack(rank, scale, seed):
+    rng = np.random.default_rng(seed)
+    kernel, a, b = (rng.normal(size=(2, *shape)).astype(np.float32) for shape in ((6, 4), (6, rank), (rank, 4)))
+    expected = np.stack([w + scale * x.astype(np.float64) @ y for w, x, y in zip(kernel, a, b)])
+    scale = jnp.float32(scale)
+    np.testing.assert_allclose(add_product(*map(jnp.asarray, (kernel, a, b)), scale), expected, rtol=1e-5, atol=1e-3)
+    alone = add_product(*(jnp.asarray(x[1]) for x in (kernel, a, b)), scale)
+    np.testing.assert_allclose(alone, expected[1], rtol=1e-5, atol=1e-3)
+
+
+def test_merging_a_stack_needs_the_memory_of_two_layers_beyond_the_stack():
+    layers, d_in, d_out, rank = 16, 256, 128, 4
+    shapes = (layers, d_in, d_out), (layers, d_in, rank), (layers, rank, d_out), ()
+    memory = (
+        add_product.lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).compile().memory_analysis()
+    )
+    assert memory.alias_size_in_bytes == 4 * layers * d_in * d_out
+    assert memory.temp_size_in_bytes <= 2.2 * 4 * d_in * d_out
+
+
+def test_a_model_without_an_adapter_merges_to_itself():
+    model = load_model(tiny_checkpoint())
+    assert merge_lora(model).factors == {}
+
+
 def test_dropout_needs_a_key_and_differs_between_keys(batch):
     model, still = open_adapted(dropout=0.5), open_adapted()
     fill(model), fill(still)
@@ -178,3 +245,32 @@ def test_a_layer_and_its_gradients_equal_a_torch_transcription():
     ours = (x_gradient, factor_gradients["lora_a"][...], factor_gradients["lora_b"][...])
     for gradient, tensor in zip(ours, tensors, strict=True):
         np.testing.assert_allclose(gradient, tensor.grad.numpy(), rtol=1e-4, atol=1e-4)
+
+
+LISTED = ("q_proj", "v_proj")
+
+
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [
+        ("[q_proj, v_proj]", LISTED),
+        ("all-linear", "all-linear"),
+        (r"model\.language_model\.layers\.\d+\.self_attn\.(q|v)_proj", None),
+        (r"(?!.*visual).*\.mlp\..*", None),
+        (r"'[a-z_.]+\d+\.mlp\..*'", r"[a-z_.]+\d+\.mlp\..*"),
+    ],
+)
+def test_targets_are_a_name_a_regex_or_a_list_in_yaml_and_on_the_command_line(text, targets, tmp_path):
+    path = tmp_path / "lora.yaml"
+    path.write_text(f"targets: {text}\n")
+    expected = text if targets is None else targets
+    for config in (load_config(LoraConfig, path), load_config(LoraConfig, None, [f"targets={text}"])):
+        assert config.targets == expected
+        path.write_text(config_text(config))
+        assert load_config(LoraConfig, path) == config
+
+
+@pytest.mark.parametrize("text", ["[]", "[q_proj, 5]", "null", "7", "(", "{a: b}", "['']"])
+def test_other_targets_are_refused(text):
+    with pytest.raises(InputError, match=r"^command line: .*targets: .*all-linear"):
+        load_config(LoraConfig, None, [f"targets={text}"])

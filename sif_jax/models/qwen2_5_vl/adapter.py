@@ -233,12 +233,13 @@ def _check_factors(
         if (module, factor) not in tensors:
             raise InputError("a factor is missing", file=file, expected=name)
         value = tensors[module, factor]
-        if value.shape != shape:
-            rank = value.shape["AB".index(factor)] if value.ndim == 2 else config.r
+        if value.ndim == 2 and value.shape["AB".index(factor)] != config.r:
             raise InputError(
-                f"{name} has another rank than {CONFIG}"
-                if rank != config.r
-                else f"adapter of another base model than {source or 'this'}: {name}",
+                f"{name} has another rank than {CONFIG}", file=file, value=value.shape, expected=str(shape)
+            )
+        if value.shape != shape:
+            raise InputError(
+                f"adapter of another base model than {source or 'this'}: {name}",
                 file=file,
                 value=value.shape,
                 expected=str(shape),

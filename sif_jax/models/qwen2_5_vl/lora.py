@@ -179,7 +179,7 @@ def merge_lora(model: Qwen2_5_VL) -> Adapter:
     adapter, layers = lora_of(model), linear_layers(model)
     for name, factors in adapter.factors.items():
         layer = layers[name]
-        layer.kernel.set_value(_add_product(layer.kernel[...], *factors, adapter.alpha / adapter.rank))
+        layer.kernel.set_value(add_product(layer.kernel[...], *factors, adapter.alpha / adapter.rank))
         layer.lora_a = layer.lora_b = nnx.data(None)
     return adapter
 
@@ -193,11 +193,11 @@ def unmerge_lora(model: Qwen2_5_VL, adapter: Adapter) -> None:
     layers = linear_layers(model)
     for name, factors in adapter.factors.items():
         kernel = layers[name].kernel
-        kernel.set_value(_add_product(kernel[...], *factors, -adapter.alpha / adapter.rank))
+        kernel.set_value(add_product(kernel[...], *factors, -adapter.alpha / adapter.rank))
 
 
 @jax.jit(donate_argnums=0)
-def _add_product(
+def add_product(
     kernel: Shaped[Array, "*layers d_in d_out"],
     a: Float32[Array, "*layers d_in R"],
     b: Float32[Array, "*layers R d_out"],
