@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sif_jax.ops.attention import attention, packed_causal_mask, prefix_attention
+from sif_jax.ops.attention import attention, prefix_attention, segment_mask
 from sif_jax.ops.loss import chunked_logprobs
 from sif_jax.ops.windows import permute
 
@@ -18,7 +18,7 @@ def normal(rng, *shape):
 def test_attention_equals_its_definition_head_by_head(group):
     rng = np.random.default_rng(0)
     q, k, v = normal(rng, 2, 5, 2 * group, 4), normal(rng, 2, 2, 5, 4), normal(rng, 2, 2, 5, 4)
-    mask = packed_causal_mask(jnp.array([[1, 1, 2, 2, 2], [1, 1, 1, 0, 0]]))
+    mask = segment_mask(jnp.array([[1, 1, 2, 2, 2], [1, 1, 1, 0, 0]])) & jnp.tri(5, dtype=bool)[None]
     out = attention(q, k, v, mask)
     for b, t, n in np.ndindex(2, 5, 2 * group):
         logits = np.asarray(k[b, n // group] @ q[b, t, n] / 2)

@@ -3,6 +3,8 @@
 Logits agree within 1e-4 of the largest logit: both sides compute in float32, in another order of summation.
 """
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from sif_jax.data.example import Example
 from sif_jax.models.qwen2_5_vl.names import checkpoint_tensors, hub_name
 from sif_jax.models.qwen2_5_vl.weights import load_model
 from sif_jax.training.policy import next_token_loss
+from tests.attention_backends import RUNNABLE, traced_as
 from tests.checkpoints import tiny_checkpoint, torch_model
 
 RNG = np.random.default_rng(0)
@@ -83,22 +86,53 @@ def batch_of(vlm, names, *, packed=False) -> dict[str, np.ndarray]:
     return Collator.for_model(vlm.processor, vlm.config.vision, buckets, len(rows))(rows).arrays
 
 
+NAMES = ["two images", "text", "three images", "one image"]
+
+
+@cache
+def compiled_logits(attention, packed):
+    """(a mixed batch, the function that gives its logits)."""
+    batch = batch_of(sif_jax.load(tiny_checkpoint()), NAMES, packed=packed)
+    model = load_model(tiny_checkpoint(), attention=attention.split()[0])
+    with traced_as(attention):
+        return batch, jax.jit(lambda batch: model.logits(model.hidden(batch))).lower(batch).compile()
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["one per row", "packed in one row"])
-def test_a_mixed_batch_gives_each_example_the_logits_it_has_alone(packed):
-    vlm, names = sif_jax.load(tiny_checkpoint()), ["two images", "text", "three images", "one image"]
-    batch = batch_of(vlm, names, packed=packed)
-    model = nnx.merge(vlm.graphdef, vlm.state)
-    logits = np.asarray(jax.jit(lambda batch: model.logits(model.hidden(batch)))(batch))
-    for index, name in enumerate(names):
+@pytest.mark.parametrize("attention", RUNNABLE)
+def test_a_mixed_batch_gives_each_example_the_logits_it_has_alone(attention, packed, measured):
+    batch, compiled = compiled_logits(attention, packed)
+    logits, errors = np.asarray(compiled(batch)), []
+    for index, name in enumerate(NAMES):
         mine = batch["segments"][0] == index + 1 if packed else batch["segments"][index] == 1
-        assert_close(logits[0 if packed else index][mine], torch_logits(vlm.encode(MESSAGES[name])))
+        alone = torch_logits(sif_jax.load(tiny_checkpoint()).encode(MESSAGES[name]))
+        errors.append(np.abs(logits[0 if packed else index][mine] - alone).max() / np.abs(alone).max())
+    kind = "packed in one row" if packed else "padded in a batch"
+    measured(f"logits {kind} against transformers alone, attention by {attention}", max(errors), at_most=1e-4)
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
-def test_loss_and_every_gradient_equal_torch_through_the_vision_tower(remat):
+@pytest.mark.parametrize("attention", RUNNABLE)
+def test_nothing_of_a_packed_example_reaches_the_others(attention):
+    batch, compiled = compiled_logits(attention, True)
+    mine = batch["segments"][0] == 1
+    tokens, patches = batch["tokens"].copy(), batch["patches"].copy()
+    tokens[0, np.flatnonzero(mine)[0]] += 1
+    patches[batch["patch_segments"] == 1] *= -1.0  # the first image of the first example
+    before, after = (
+        np.asarray(compiled(inputs))[0] for inputs in (batch, batch | {"tokens": tokens, "patches": patches})
+    )
+    assert (before[mine] != after[mine]).any(axis=-1).all()
+    np.testing.assert_array_equal(before[~mine], after[~mine])
+
+
+@pytest.mark.parametrize(
+    ("remat", "attention"),
+    [("none", "xla"), ("full", "xla"), ("dots", "xla"), pytest.param("full", "splash", marks=pytest.mark.slow)],
+)
+def test_loss_and_every_gradient_equal_torch_through_the_vision_tower(remat, attention):
     vlm = sif_jax.load(tiny_checkpoint())
     batch = jax.tree.map(jnp.asarray, batch_of(vlm, ["two images", "text", "one image"]))
-    model = load_model(tiny_checkpoint(), remat=remat)
+    model = load_model(tiny_checkpoint(), remat=remat, attention=attention)
     graphdef, state = nnx.split(model)
     loss, gradients = jax.value_and_grad(lambda state: next_token_loss(nnx.merge(graphdef, state), batch, None)[0])(
         state

@@ -71,12 +71,6 @@ def head_major(x: Shaped[Array, "*batch T K H"]) -> Shaped[Array, "*batch K T H"
     return x.swapaxes(-2, -3)
 
 
-def packed_causal_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Position t sees s <= t of its own segment; padding (segment 0) sees only padding."""
-    length = segments.shape[-1]
-    return segment_mask(segments) & jnp.tril(jnp.ones((1, length, length), bool))
-
-
 def segment_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
     return segments[:, :, None] == segments[:, None, :]
 

@@ -1,0 +1,22 @@
+"""The attention backends that run on this machine, for the tests that every one must pass."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import pytest
+
+from sif_jax.ops import attention_backends
+
+on_a_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
+RUNNABLE = ["xla", "xla in chunks", "splash", pytest.param("cudnn", marks=on_a_gpu)]
+
+
+@contextmanager
+def traced_as(name: str) -> Iterator[None]:
+    """Sizes with which short rows take the way of long ones: chunks of XLA's queries, several of splash's blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "xla in chunks":
+            patch.setattr(attention_backends, "LOGITS_BYTES", 2**14)
+        patch.setattr(attention_backends, "SPLASH_BLOCK", 128)
+        yield
