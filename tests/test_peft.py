@@ -29,12 +29,20 @@ from sif_jax.models.qwen2_5_vl.adapter import load_adapter, save_adapter
 from sif_jax.models.qwen2_5_vl.layers import LoRAParam
 from sif_jax.models.qwen2_5_vl.lora import Adapter, add_lora, lora_of, merge_lora, module_names
 from sif_jax.models.qwen2_5_vl.weights import load_model
+from sif_jax.ops import scan
 from sif_jax.training.policy import next_token_loss
 from tests.checkpoints import tiny_checkpoint, torch_model
 from tests.test_model_parity import MESSAGES, batch_of, torch_inputs
 
 # transformers 5 renames a property that PEFT still reads.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def layers_in_a_loop(monkeypatch):
+    """As in a model of real depth; a short stack would be written out, which compiles longer."""
+    monkeypatch.setattr(scan, "UNROLLED_LAYERS", 0)
+
 
 DECODER_REGEX = r"model\.language_model\.layers\.\d+\.(self_attn\.[qv]_proj|mlp\.down_proj)"
 CASES = {
