@@ -19,8 +19,32 @@ from jaxtyping import Shaped
 
 from sif_jax.errors import InputError
 
+INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that the index names; without an index, every safetensors file."""
+    index = directory / INDEX
+    if not index.exists():
+        if paths := sorted(directory.glob("*.safetensors")):
+            return paths
+        raise InputError(
+            "no weights here", file=directory, expected="*.safetensors files", fix="pickles are never read"
+        )
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError("malformed index", file=index, expected="a JSON object with a weight_map") from None
+    if missing := [name for name in names if not (directory / name).is_file()]:
+        raise InputError(
+            f"{len(missing)} of {len(names)} shards are missing",
+            file=index,
+            value=missing[0],
+            fix="download it into this directory",
+        )
+    return [directory / name for name in names]
 
 
 class TensorSpec(NamedTuple):

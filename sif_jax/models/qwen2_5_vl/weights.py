@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int, Shaped
 
 from sif_jax.atomic import new_directory
@@ -27,14 +28,15 @@ from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig, write_dtype
 from sif_jax.models.qwen2_5_vl.layers import LoRAParam
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
-from sif_jax.models.qwen2_5_vl.names import PathParts, Tensor, checkpoint_tensors, hub_name
-from sif_jax.models.qwen2_5_vl.tensor_file import TensorFile, TensorSpec, write_tensors
+from sif_jax.models.qwen2_5_vl.names import Tensor, checkpoint_tensors, hub_name
+from sif_jax.models.qwen2_5_vl.tensor_file import INDEX, TensorFile, TensorSpec, weight_files, write_tensors
 from sif_jax.ops.attention_backends import Backend
 from sif_jax.ops.scan import Remat
 from sif_jax.parallel.partition import parameter_sharding
 
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+# A parameter up to this size, all its layers together, is laid out on the host: norms and biases need no program each.
+SMALL_BYTES = 2**24
 
 
 def abstract_model(
@@ -74,36 +76,23 @@ def load_model(
     directory = Path(directory)
     config = Qwen2_5_VLConfig.from_directory(directory)
     graphdef, state = nnx.split(abstract_model(config, param_dtype=jnp.dtype(dtype), remat=remat, attention=attention))
-    slots = _slots(config, state)
+    tensors, flat = checkpoint_tensors(config, state), nnx.to_flat_state(state)
+    parameters = {path: _Parameter(tensors[path], leaf.shape, leaf.dtype, mesh) for path, leaf in flat}
+    slots = {name: (path, layer) for path in tensors for layer, name in enumerate(tensors[path].names)}
     sources = _find_sources(directory)
     _check_names(directory, set(slots), set(sources), config)
-    for name, slot in slots.items():
-        _check_shape(name, slot.tensor, sources[name])
-    flat = dict(nnx.to_flat_state(state))
-    arrays: dict[PathParts, jax.Array] = {}
+    _check_shapes(tensors.values(), sources)
     for name, source in sources.items():
         if name not in slots:  # the copy of a tied head
             continue
-        path, layer, tensor = slots[name]
-        leaf = flat[path]
-        sharding = mesh and parameter_sharding(mesh, leaf.shape, stacked=tensor.stacked)
-        if path not in arrays:
-            arrays[path] = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(leaf.shape, leaf.dtype)
-        raw = _put(source, tensor, sharding)
-        arrays[path], finite = _fill(arrays[path], raw, layer, transposed=tensor.transposed, sharding=sharding)
-        if not finite:  # waits, so that one tensor at a time is in host memory
+        path, layer = slots[name]
+        if not parameters[path].add(source, layer):
             raise InputError(
                 f"tensor {name} holds NaN or infinity", file=source.file.path, fix="use an intact checkpoint"
             )
-    return nnx.merge(graphdef, nnx.from_flat_state([(path, leaf.replace(arrays[path])) for path, leaf in flat.items()]))
-
-
-class _Slot(NamedTuple):
-    """Where a tensor of the checkpoint goes."""
-
-    path: PathParts
-    layer: int
-    tensor: Tensor
+    return nnx.merge(
+        graphdef, nnx.from_flat_state([(path, leaf.replace(parameters[path].on_devices())) for path, leaf in flat])
+    )
 
 
 class _Source(NamedTuple):
@@ -112,60 +101,23 @@ class _Source(NamedTuple):
     file: TensorFile
     name: str  # in the file's spelling
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.file.shape(self.name)
-
-
-def _slots(config: Qwen2_5_VLConfig, state: nnx.State) -> dict[str, _Slot]:
-    """By hub name."""
-    return {
-        name: _Slot(path, layer, tensor)
-        for path, tensor in checkpoint_tensors(config, state).items()
-        for layer, name in enumerate(tensor.names)
-    }
-
 
 def _find_sources(directory: Path) -> dict[str, _Source]:
-    """By hub name, file by file, each in its own order."""
+    """By hub name; file by file, each in its own order."""
     sources: dict[str, _Source] = {}
-    for path in _shards(directory):
-        file = TensorFile(path)
+    for file in map(TensorFile, weight_files(directory)):
         for inner in file.names:
             name = hub_name(inner)
             if name in sources:
                 raise InputError(
                     f"tensor {name} is given twice",
-                    file=path,
+                    file=file.path,
                     value=inner,
-                    expected=f"it only in {sources[name].file.path.name}",
+                    expected=f"it in {sources[name].file.path.name} alone",
                     fix="remove the file that does not belong to this checkpoint",
                 )
             sources[name] = _Source(file, inner)
     return sources
-
-
-def _shards(directory: Path) -> list[Path]:
-    """The files that the index names; without an index, every safetensors file."""
-    index = directory / INDEX
-    if not index.exists():
-        if paths := sorted(directory.glob("*.safetensors")):
-            return paths
-        raise InputError(
-            "no weights here", file=directory, expected="*.safetensors files", fix="pickles are never read"
-        )
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError("malformed index", file=index, expected="a JSON object with a weight_map") from None
-    if missing := [name for name in names if not (directory / name).is_file()]:
-        raise InputError(
-            f"{len(missing)} of {len(names)} shards are missing",
-            file=index,
-            value=missing[0],
-            fix="download it into this directory",
-        )
-    return [directory / name for name in names]
 
 
 def _check_names(directory: Path, wanted: set[str], present: set[str], config: Qwen2_5_VLConfig) -> None:
@@ -186,44 +138,84 @@ def _check_names(directory: Path, wanted: set[str], present: set[str], config: Q
         )
 
 
-def _check_shape(name: str, tensor: Tensor, source: _Source) -> None:
-    if source.shape != tensor.shape:
-        raise InputError(
-            f"tensor {name} has the wrong shape",
-            file=source.file.path,
-            value=source.shape,
-            expected=str(tensor.shape),
-            fix="check that config.json belongs to these weights",
+def _check_shapes(tensors: Iterable[Tensor], sources: Mapping[str, _Source]) -> None:
+    for tensor in tensors:
+        for name in tensor.names:
+            file, inner = sources[name]
+            if file.shape(inner) != tensor.shape:
+                raise InputError(
+                    f"tensor {name} has the wrong shape",
+                    file=file.path,
+                    value=file.shape(inner),
+                    expected=str(tensor.shape),
+                    fix="check that config.json belongs to these weights",
+                )
+
+
+class _Parameter:
+    """A parameter that is filled tensor by tensor: on the devices, or, where it is small, on the host."""
+
+    def __init__(self, tensor: Tensor, shape: tuple[int, ...], dtype: DTypeLike, mesh: Mesh | None):
+        self.tensor, self.spec = tensor, TensorSpec(np.dtype(dtype), shape)
+        self.sharding = mesh and parameter_sharding(mesh, shape, stacked=tensor.stacked)
+        self.array: np.ndarray | jax.Array | None = None
+
+    def add(self, source: _Source, layer: int) -> bool:
+        """Whether the tensor is finite. Waits, so that one tensor at a time is in host memory."""
+        if self.spec.nbytes <= SMALL_BYTES:
+            return self._add_on_host(source, layer)
+        dtype, shape = self.spec
+        if self.tensor.stacked and self.array is None:
+            self.array = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=self.sharding)(shape, dtype)
+        self.array, finite = _fill(
+            self.array, self._put(source), layer, dtype=dtype, transposed=self.tensor.transposed, sharding=self.sharding
         )
+        return bool(finite)
+
+    def _add_on_host(self, source: _Source, layer: int) -> bool:
+        value = source.file.read(source.name)
+        if self.array is None:
+            self.array = np.empty(self.spec.shape, self.spec.dtype)
+        self.array[layer if self.tensor.stacked else ...] = value.T if self.tensor.transposed else value
+        return bool(np.isfinite(value).all())
+
+    def _put(self, source: _Source) -> Shaped[Array, "..."]:
+        """The tensor as on disk, kernels as matrices; a process reads the parts that its devices hold."""
+        if self.sharding is None:
+            return jax.device_put(source.file.read(source.name))
+        rows, *rest = self.tensor.shape
+        shape = (rows, math.prod(rest)) if rest else (rows,)
+        axes = tuple(self.sharding.spec)[int(self.tensor.stacked) :]
+        on_disk = NamedSharding(self.sharding.mesh, PartitionSpec(*(axes[::-1] if self.tensor.transposed else axes)))
+        return jax.make_array_from_callback(shape, on_disk, lambda index: source.file.read(source.name, index))
+
+    def on_devices(self) -> jax.Array:
+        array = self.array
+        if isinstance(array, np.ndarray):
+            if self.sharding is None:
+                return jax.device_put(array)
+            return jax.make_array_from_callback(array.shape, self.sharding, array.__getitem__)
+        assert array is not None
+        return array
 
 
-def _put(source: _Source, tensor: Tensor, sharding: NamedSharding | None) -> Shaped[Array, "..."]:
-    """The tensor as on disk (kernels as matrices), on the devices; a process reads the parts that its devices hold."""
-    if sharding is None:
-        return jax.device_put(source.file.read(source.name))
-    rows, *rest = tensor.shape
-    shape = (rows, math.prod(rest)) if rest else (rows,)
-    axes = tuple(sharding.spec)[1:] if tensor.stacked else tuple(sharding.spec)
-    on_disk = NamedSharding(sharding.mesh, PartitionSpec(*(axes[::-1] if tensor.transposed else axes)))
-    return jax.make_array_from_callback(shape, on_disk, lambda index: source.file.read(source.name, index))
-
-
-@partial(jax.jit, donate_argnames="whole", static_argnames=("transposed", "sharding"))
+@partial(jax.jit, donate_argnames="stack", static_argnames=("dtype", "transposed", "sharding"))
 def _fill(
-    whole: Shaped[Array, "..."],
+    stack: Shaped[Array, "..."] | None,
     raw: Shaped[Array, "..."],
     layer: Int[Array, ""] | int,
     *,
+    dtype: np.dtype,
     transposed: bool,
     sharding: NamedSharding | None,
 ) -> tuple[Shaped[Array, "..."], Bool[Array, ""]]:
-    """`whole` with one more layer (or all of it, where it has none), and whether that is finite."""
-    value = (raw.T if transposed else raw).astype(whole.dtype)
-    slot = value.reshape((1,) * (whole.ndim - value.ndim) + value.shape)
-    whole = jax.lax.dynamic_update_slice(whole, slot, (layer, *[0] * (whole.ndim - 1)))
+    """The parameter, or its stack with one more layer, and whether what came in is finite."""
+    value = (raw.T if transposed else raw).astype(dtype)
+    filled = value if stack is None else jax.lax.dynamic_update_index_in_dim(stack, value, layer, axis=0)
     if sharding is not None:
-        whole = jax.lax.with_sharding_constraint(whole, sharding)
-    return whole, jnp.isfinite(value).all()
+        filled = jax.lax.with_sharding_constraint(filled, sharding)
+    # NaN passes through both; isfinite().all() would take another byte per element on CPU.
+    return filled, (jnp.max(raw) < jnp.inf) & (jnp.min(raw) > -jnp.inf)
 
 
 @partial(jax.jit, static_argnames=("stacked", "transposed"))
@@ -247,18 +239,20 @@ class _Export(NamedTuple):
         return TensorSpec(np.dtype(self.array.dtype), self.tensor.shape)
 
     def gather(self) -> np.ndarray:
-        tensor = self.tensor
-        value = _take(self.array, self.layer, stacked=tensor.stacked, transposed=tensor.transposed)
-        return np.asarray(value).reshape(tensor.shape)
+        if self.array.nbytes <= SMALL_BYTES:
+            return self.tensor.to_theirs(np.asarray(self.array)[self.layer if self.tensor.stacked else ...])
+        value = _take(self.array, self.layer, stacked=self.tensor.stacked, transposed=self.tensor.transposed)
+        return np.asarray(value).reshape(self.tensor.shape)
 
 
 def _exports(model: Qwen2_5_VL) -> Iterator[_Export]:
     """Every weight; adapters are not part of it."""
     _, adapters, state = nnx.split(model, LoRAParam, ...)
     del adapters
-    flat = dict(nnx.to_flat_state(state))
-    for name, (path, layer, tensor) in _slots(model.config, state).items():
-        yield _Export(name, layer, tensor, flat[path][...])
+    tensors = checkpoint_tensors(model.config, state)
+    for path, leaf in nnx.to_flat_state(state):
+        for layer, name in enumerate(tensors[path].names):
+            yield _Export(name, layer, tensors[path], leaf[...])
 
 
 def _plan_shards(exports: Iterable[_Export], shard_bytes: int) -> list[list[_Export]]:
