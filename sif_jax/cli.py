@@ -18,6 +18,8 @@ from sif_jax.config import (
     ExportConfig,
     GenerateConfig,
     GrpoConfig,
+    PrecisionBenchConfig,
+    RematBenchConfig,
     RunName,
     ScenesBuildConfig,
     SftConfig,
@@ -78,6 +80,11 @@ def main() -> None:
 @main.group()
 def data() -> None:
     """Build and check records files."""
+
+
+@main.group()
+def bench() -> None:
+    """Measure memory, time and precision on this machine."""
 
 
 def _command(group: click.Group, name: str, kind: type[Kind]) -> Callable[[Callable[..., None]], click.Command]:
@@ -254,6 +261,46 @@ def check(file: Path, image_root: Path | None) -> None:
         click.echo(problem)
     if report.problems:
         raise click.exceptions.Exit(2)
+
+
+_json = click.option("--json", "json_only", is_flag=True, help="Print only the line of JSON.")
+
+
+@_command(bench, "remat", RematBenchConfig)
+@click.option(
+    "--compile-only", is_flag=True, help="Memory and matrix products from the compiled programs; nothing runs."
+)
+@_json
+def remat(config: RematBenchConfig, compile_only: bool, json_only: bool) -> None:
+    """Compare the remat policies on one LoRA SFT gradient step of a random model.
+
+    The last line is one JSON object: machine, config, policies and their ratios to "none".
+
+    \b
+    Example: sif-jax bench remat architecture=configs/models/Qwen2.5-VL-7B-Instruct tokens=2048 --compile-only
+    """
+    from sif_jax.bench.remat import measure, report
+    from sif_jax.bench.report_line import json_line
+
+    figures = measure(config, compile_only=compile_only)
+    click.echo(json_line(figures) if json_only else report(figures))
+
+
+@_command(bench, "precision", PrecisionBenchConfig)
+@_json
+def precision(config: PrecisionBenchConfig, json_only: bool) -> None:
+    """Compare a checkpoint's logits in model.dtype with those in float32: KL per token.
+
+    The last line is one JSON object: machine, config, mean_kl, max_kl and the same of every input.
+
+    \b
+    Example: sif-jax bench precision model.path=ckpt/Qwen2.5-VL-7B-Instruct data.path=data/SIF-50K.json data.limit=16
+    """
+    from sif_jax.bench.precision import measure, report
+    from sif_jax.bench.report_line import json_line
+
+    figures = measure(config)
+    click.echo(json_line(figures) if json_only else report(figures))
 
 
 def _report_inputs(run: RunName, model_path: str, data: DataConfig) -> int:

@@ -420,3 +420,27 @@ class DemoConfig(Config):
     sft: str = Field(default="configs/demo/sft.yaml", description="config of the fine-tuning")
     grpo: str = Field(default="configs/demo/grpo.yaml", description="config of the reinforcement learning")
     eval: str = Field(default="configs/demo/eval.yaml", description="config of the evaluations")
+
+
+class RematBenchConfig(Config):
+    architecture: str = Field(
+        default="configs/bench/100M", description="directory with the config.json of the shapes; no weights are read"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="storage of the frozen weights; XLA on CPUs copies bfloat16 ones to float32 whole",
+    )
+    lora_rank: PositiveInt = Field(default=8, description="rank of the adapters")
+    freeze_vision: bool = Field(default=True, description="no adapters in the vision tower, and no gradient through it")
+    rows: PositiveInt = Field(default=1, description="rows of the batch")
+    tokens: PositiveInt = Field(default=1024, description="tokens per row, two images included")
+    image_px: tuple[PositiveInt, PositiveInt] = Field(
+        default=(364, 252), description="(width, height) of each image; 28 divides"
+    )
+    steps: PositiveInt = Field(default=5, description="timed steps of each policy, taken in turns")
+
+
+class PrecisionBenchConfig(Config):
+    model: ModelConfig
+    data: DataConfig | None = Field(default=None, description="records file; null: three built-in conversations")
+    prompt: PromptConfig = PromptConfig()

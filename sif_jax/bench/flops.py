@@ -1,0 +1,39 @@
+"""Matrix-product FLOPs of a traced program, loops counted as often as they run (pure).
+
+XLA's own cost analysis counts the body of a loop once, so it cannot compare remat policies of scanned layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+
+def matmul_flops(jaxpr: Jaxpr) -> int:
+    """Two per multiplication and addition; of a conditional's branches the costliest, of a while loop one turn."""
+    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+
+
+def _equation_flops(equation: JaxprEqn) -> int:
+    if equation.primitive.name == "dot_general":
+        (contracting, _), _ = equation.params["dimension_numbers"]
+        left: Any = equation.invars[0].aval
+        output: Any = equation.outvars[0].aval
+        return 2 * prod(output.shape) * prod(left.shape[axis] for axis in contracting)
+    inner = [matmul_flops(jaxpr) for value in equation.params.values() for jaxpr in _jaxprs(value)]
+    if equation.primitive.name == "cond":
+        return max(inner)
+    return sum(inner) * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+
+
+def _jaxprs(value: Any) -> Iterator[Jaxpr]:
+    if isinstance(value, ClosedJaxpr):
+        yield value.jaxpr
+    elif isinstance(value, Jaxpr):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _jaxprs(part)
