@@ -139,3 +139,19 @@ def test_a_killed_process_resumes_bit_for_bit(tmp_path, six_steps):
     run = train(tmp_path, "max_steps=6", "run.save_every=3")
     assert [row["step"] for row in read_metrics(run)] == list(range(6))
     assert_same_weights(run, six_steps)
+
+
+def test_accumulation_runs_one_program_and_the_padding_is_reported(tmp_path, monkeypatch):
+    made = []
+
+    def remembered(*args, **kwargs):
+        made.append(make_gradients(*args, **kwargs))
+        return made[-1]
+
+    make_gradients = sft.make_gradients
+    monkeypatch.setattr(sft, "make_gradients", remembered)
+    run = train(tmp_path, "batch_size=2", "accumulation=3", "max_steps=2")
+    assert made[0]._cache_size() == 1
+    row = read_metrics(run)[-1]
+    assert 0 < row["padding/tokens"] < 1
+    assert 0 <= row["padding/patches"] < 1

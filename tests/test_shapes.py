@@ -61,12 +61,14 @@ def test_three_hundred_random_images_compile_one_forward_pass_per_bucket(policy,
     def hidden(states, batch):
         return nnx.merge(policy.graphdef, *states).hidden(batch).sum()
 
-    seen, waste = set(), []
-    for batch in batches(policy, 220):
+    seen, waste, images = set(), [], 0
+    for batch in batches(policy, 230):
+        images += sum(len(set(row)) - (0 in row) for row in batch.arrays["patch_segments"].tolist())
         assert np.isfinite(hidden((policy.trainable, policy.frozen), on_device(batch)))
         seen.add(bucket(batch))
         waste.append(batch.waste)
     assert seen == set(BUCKETS.pairs)
+    assert images >= 300
     measured("Compiled forward passes per bucket, 300 random images", hidden._cache_size() / len(seen), at_most=1)
     tokens, patches = np.mean(waste, axis=0)
     measured("Share of tokens that are padding, 300 random images in 4 buckets", tokens, at_most=0.6)

@@ -32,7 +32,7 @@ from sif_jax.training.optimizer import learning_rate, make_optimizer
 from sif_jax.training.policy import completion_logprobs
 from sif_jax.training.policy_files import Policy, check_finite, export_policy, open_policy
 from sif_jax.training.run_dir import open_run
-from sif_jax.training.state import accumulate, initial_state, make_apply, num_steps
+from sif_jax.training.state import accumulate, from_zeros, initial_state, make_apply, num_steps
 
 
 class Groups(NamedTuple):
@@ -70,7 +70,8 @@ def train(config: GrpoConfig) -> Path:
     steps = min(config.max_steps or whole, whole)
     optimizer = make_optimizer(config.optimizer, steps * config.updates_per_rollout)
     rate = learning_rate(config.optimizer, steps * config.updates_per_rollout)
-    add_gradients, apply = make_gradients(policy.graphdef, config), make_apply(optimizer)
+    add_gradients = from_zeros(make_gradients(policy.graphdef, config), config.prompts_per_step // config.micro_batch)
+    apply = make_apply(optimizer)
     state, frozen = replicate((initial_state(policy.trainable, optimizer), policy.frozen), mesh)
     reference = replicate(reference_policy(policy, config), mesh)
     previous_means, start = np.full(len(feed.records), np.nan, np.float32), 0
@@ -102,6 +103,8 @@ def train(config: GrpoConfig) -> Path:
         metrics = _metrics(feedback, rollout, sums) | {
             "grad_norm": float(norm),
             "learning_rate": float(jnp.asarray(rate(step * config.updates_per_rollout))),
+            "padding/tokens": prompts.waste.tokens,
+            "padding/patches": prompts.waste.patches,
             "seconds/rollout": sampled - began,
             "seconds/learn": time.monotonic() - sampled,
         }

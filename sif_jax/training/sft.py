@@ -26,7 +26,7 @@ from sif_jax.training.optimizer import learning_rate, make_optimizer
 from sif_jax.training.policy import TokenSums, next_token_loss
 from sif_jax.training.policy_files import check_finite, export_policy, open_policy
 from sif_jax.training.run_dir import open_run
-from sif_jax.training.state import accumulate, initial_state, make_apply, num_steps
+from sif_jax.training.state import accumulate, from_zeros, initial_state, make_apply, num_steps
 
 
 def train(config: SftConfig) -> Path:
@@ -47,7 +47,8 @@ def train(config: SftConfig) -> Path:
     steps = config.max_steps if config.max_steps and config.packing else min(config.max_steps or whole, whole)
     optimizer = make_optimizer(config.optimizer, steps)
     dropout = config.lora is not None and config.lora.dropout > 0
-    add_gradients, apply = make_gradients(policy.graphdef, dropout=dropout), make_apply(optimizer)
+    add_gradients = from_zeros(make_gradients(policy.graphdef, dropout=dropout), config.accumulation)
+    apply = make_apply(optimizer)
     state, frozen = replicate((initial_state(policy.trainable, optimizer), policy.frozen), mesh)
     checkpoints, start = Checkpoints(directory / "checkpoints", config.run.keep), 0
     if checkpoints.latest() is not None:
@@ -62,15 +63,19 @@ def train(config: SftConfig) -> Path:
         began = time.monotonic()
         gathered: Any = None
         for micro in range(config.accumulation):
-            batch = shard_rows(next(feed.loader).arrays, mesh)
-            gathered = add_gradients(
-                gathered, state.trainable, frozen, batch, jax.random.fold_in(key, step * config.accumulation + micro)
+            loaded = next(feed.loader)
+            batch, micro_key = (
+                shard_rows(loaded.arrays, mesh),
+                jax.random.fold_in(key, step * config.accumulation + micro),
             )
+            gathered = add_gradients(gathered, state.trainable, frozen, batch, micro_key)
         gradients, sums = gathered
         state, norm = apply(state, gradients, sums.tokens)
         if (step + 1) % config.run.log_every == 0:
             metrics = _metrics(jax.block_until_ready(sums), norm, time.monotonic() - began) | {
-                "learning_rate": float(jnp.asarray(rate(step)))
+                "learning_rate": float(jnp.asarray(rate(step))),
+                "padding/tokens": loaded.waste.tokens,
+                "padding/patches": loaded.waste.patches,
             }
             check_finite(metrics["loss"], step=step, file=directory)
             log.log(step, metrics)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 
@@ -43,6 +44,26 @@ def accumulate(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[
         return now if earlier is None else jax.tree.map(jnp.add, earlier, now)
 
     return jax.jit(added, donate_argnums=0)
+
+
+def from_zeros(add: Callable[..., tuple[Any, Any]], parts: int) -> Callable[..., tuple[Any, Any]]:
+    """The same accumulation; where a step has several parts, the first adds to zeros, so that all run one program."""
+
+    def added(earlier: Any, trainable: Any, *args: Any) -> tuple[Any, Any]:
+        if earlier is None:
+            _, sums = jax.eval_shape(add, None, trainable, *args)
+            earlier = jax.tree.map(jnp.zeros_like, trainable), _zeros_beside(trainable, sums)
+        return add(earlier, trainable, *args)
+
+    return added if parts > 1 else add
+
+
+def _zeros_beside(trainable: Any, like: Any) -> Any:
+    """Zeros that live on the devices of the trainable state."""
+    sharding = jax.tree.leaves(trainable)[0].sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=sharding), like)
 
 
 def num_steps(examples: int, per_step: int) -> int:
