@@ -202,7 +202,7 @@ def test_one_image_of_the_largest_size_needs_half_the_patches():
         (["num_samples=1"], "wrong value of num_samples; got 1"),
         (["temperature=0"], "wrong value of temperature; got 0"),
         (["prompts_per_step=6", "micro_batch=4"], "got 4; expected a divisor of 6; fix: change micro_batch"),
-        (["judge=gpt"], "wrong value of judge"),
+        (["judge.kind=gpt"], "wrong value of judge.kind"),
     ],
 )
 def test_what_grpo_cannot_do_is_refused(overrides, told):

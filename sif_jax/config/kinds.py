@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -259,6 +261,99 @@ class SftConfig(TrainConfig):
         return self
 
 
+class RemoteConfig(Config):
+    """A model behind an OpenAI-compatible endpoint, and how hard and how far it may be asked."""
+
+    model: str | None = Field(default=None, description="the model's name at the endpoint")
+    base_url: str = Field(
+        default="https://api.openai.com/v1", description="the endpoint; /chat/completions is asked below it"
+    )
+    api_key_env: str | None = Field(
+        default="OPENAI_API_KEY", description="environment variable that holds the key; null: no key is sent"
+    )
+    options: dict[str, JsonValue] = Field(
+        default={"temperature": 0}, description="further fields of each request, sent as they are"
+    )
+    concurrency: PositiveInt = Field(default=16, description="requests under way at once")
+    timeout_s: PositiveFloat = Field(default=60.0, description="one request, from connecting to its last byte, seconds")
+    retries: NonNegativeInt = Field(default=5, description="further attempts of a request that failed")
+    backoff_s: PositiveFloat = Field(default=1.0, description="wait before the first retry, seconds; doubles each time")
+    max_wait_s: PositiveFloat = Field(
+        default=60.0, description="longest wait before a retry, seconds; a server that asks for more is given up"
+    )
+    cache: str | None = Field(default=None, description="directory of replies, never asked for twice; null: none")
+    prompt_price: NonNegativeFloat = Field(default=0.0, description="price of a million prompt tokens")
+    completion_price: NonNegativeFloat = Field(default=0.0, description="price of a million completion tokens")
+    max_total_tokens: PositiveInt | None = Field(
+        default=None, description="stop asking after this many tokens, prompt and completion; null: no cap"
+    )
+    max_cost: PositiveFloat | None = Field(
+        default=None, description="stop asking after this cost, in the prices' currency; null: no cap"
+    )
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_a_url_without_secrets(cls, url: str) -> str:
+        try:
+            parts = urlsplit(url)
+            port = parts.port or 443
+        except ValueError:
+            raise InputError("not a URL", expected="such as http://localhost:8000/v1") from None
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise InputError(
+                "a URL that may hold a secret", expected="scheme, host, port and path alone", fix="use api_key_env"
+            )
+        if parts.scheme not in ("http", "https") or not parts.hostname or not port:
+            raise InputError("not a URL", value=url, expected="such as http://localhost:8000/v1")
+        return url
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_name_not_the_key(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise InputError("not the name of an environment variable", expected="a name such as OPENAI_API_KEY")
+        return name
+
+    @field_validator("options")
+    @classmethod
+    def _options_are_free_fields(cls, options: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        taken = sorted(options.keys() & {"model", "messages", "stream", "n"})
+        if taken:
+            raise InputError("not an option", value=taken[0], expected="fields such as temperature, max_tokens, seed")
+        return options
+
+    @model_validator(mode="after")
+    def _cost_has_prices(self) -> RemoteConfig:
+        if self.max_cost is not None and not (self.prompt_price or self.completion_price):
+            raise InputError(
+                "max_cost without prices is never reached",
+                value=self.max_cost,
+                expected="prompt_price and completion_price",
+                fix="set them, or use max_total_tokens",
+            )
+        return self
+
+
+class JudgeConfig(RemoteConfig):
+    kind: Literal["rule", "openai"] = Field(
+        default="rule", description="rules on the text, or a model behind an OpenAI-compatible endpoint"
+    )
+    max_failed_share: Fraction = Field(
+        default=0.25, description="stop, with the state saved, when more of a rollout's judgements than this fail"
+    )
+
+    @model_validator(mode="after")
+    def _openai_has_a_model(self) -> JudgeConfig:
+        if (self.kind == "openai") != (self.model is not None):
+            raise InputError(
+                "kind=openai and model belong together",
+                value=f"kind={self.kind}, model={self.model}",
+                expected="both, or neither",
+                fix="set kind=openai and model=NAME",
+            )
+        return self
+
+
 class GrpoConfig(TrainConfig):
     prompts_per_step: PositiveInt = Field(default=2, description="prompts per rollout, over the whole job")
     micro_batch: PositiveInt = Field(default=1, description="prompts per forward pass; divides prompts_per_step")
@@ -280,7 +375,7 @@ class GrpoConfig(TrainConfig):
     pair_denominator: Literal["min", "max"] = Field(
         default="min", description="PIoU: mean over min or max of the box counts"
     )
-    judge: Literal["rule"] = Field(default="rule", description="who scores the answer")
+    judge: JudgeConfig = JudgeConfig()
     advantage_eps: PositiveFloat = Field(default=1e-4, description="added to the group's standard deviation")
 
     @model_validator(mode="after")
