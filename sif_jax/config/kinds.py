@@ -354,6 +354,34 @@ class JudgeConfig(RemoteConfig):
         return self
 
 
+class RewardsConfig(Config):
+    """The total is the weighted sum of the four terms; 0 leaves a term out."""
+
+    format: NonNegativeFloat = Field(default=1.0, description="weight of the format term")
+    answer: NonNegativeFloat = Field(default=1.0, description="weight of the answer term")
+    bbox: NonNegativeFloat = Field(default=1.0, description="weight of the box term")
+    depth: NonNegativeFloat = Field(default=1.0, description="weight of the depth term")
+    answer_progress: bool = Field(default=True, description="pay the gain over the group's previous mean")
+    bbox_progress: bool = Field(default=True, description="pay the gain from the first focused area to the last")
+    compat: Literal["paper", "release"] = Field(default="paper", description="the paper's formulas, or its code's")
+    pair_denominator: Literal["min", "max"] = Field(
+        default="min", description="PIoU: mean over min or max of the box counts"
+    )
+    normalise: Literal["total", "per_term"] = Field(
+        default="total", description="advantages from the standardised total, or from the sum of standardised terms"
+    )
+
+    @model_validator(mode="after")
+    def _something_is_rewarded(self) -> RewardsConfig:
+        if not any(self.weights.values()):
+            raise InputError("nothing is rewarded", value=self.weights, expected="a weight above 0")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {"format": self.format, "answer": self.answer, "bbox": self.bbox, "depth": self.depth}
+
+
 class GrpoConfig(TrainConfig):
     prompts_per_step: PositiveInt = Field(default=2, description="prompts per rollout, over the whole job")
     micro_batch: PositiveInt = Field(default=1, description="prompts per forward pass; divides prompts_per_step")
@@ -369,12 +397,7 @@ class GrpoConfig(TrainConfig):
     updates_per_rollout: PositiveInt = Field(default=1, description="optimizer steps on one rollout")
     clip_eps: PositiveFloat = Field(default=0.2, description="the probability ratio is clipped to 1 +- clip_eps")
     kl_beta: NonNegativeFloat = Field(default=0.04, description="weight of the KL to the reference policy")
-    compat: Literal["paper", "release"] = Field(
-        default="paper", description="rewards as the paper's formulas or its code"
-    )
-    pair_denominator: Literal["min", "max"] = Field(
-        default="min", description="PIoU: mean over min or max of the box counts"
-    )
+    rewards: RewardsConfig = RewardsConfig()
     judge: JudgeConfig = JudgeConfig()
     advantage_eps: PositiveFloat = Field(default=1e-4, description="added to the group's standard deviation")
 

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from sif_jax.config import RewardsConfig
 from sif_jax.errors import InputError
 from sif_jax.rewards.depth import depth_hits
 from sif_jax.rewards.geometry import batched_hiou
@@ -34,6 +35,7 @@ from sif_jax.sif.record import Record
 _ROW_MULTIPLE = 64
 _BOX_BUCKETS = (4, 8, 16, 32, 64)
 MAX_BOXES = _BOX_BUCKETS[-1]
+DEFAULT_REWARDS = RewardsConfig()
 # Thousandths are whole numbers in float32.
 _THOUSANDTHS = 1000.0
 
@@ -70,7 +72,7 @@ _RULES = {
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Per completion: the reward terms and their sum, and what they come from.
+    """Per completion: the reward terms and their weighted sum, and what they come from.
 
     `valid` is False where the judge failed; there `answer` and `total` are 0 and mean nothing. `depth_consistency` is the
     share of box-depth pairs within 10 %; `num_cut_boxes` counts the boxes of an area beyond `MAX_BOXES`.
@@ -98,10 +100,10 @@ def score(
     judge_scores: Sequence[float | int] | np.ndarray,
     previous_means: Sequence[float | int | None] | np.ndarray | None = None,
     depth_maps: Sequence[Float[np.ndarray, "_ _"] | None] | None = None,
-    compat: Literal["paper", "release"] = "paper",
-    pair_denominator: PairDenominator = "min",
+    rewards: RewardsConfig = DEFAULT_REWARDS,
+    **settings: Any,
 ) -> Scores:
-    """Rewards of completion i for record i.
+    """Rewards of completion i for record i; `settings` go before those of `rewards`, as in compat="release".
 
     A judge score of NaN is a failed judgement. A previous mean of NaN or None is a first visit. Without a depth map the
     depth term is 0.
@@ -117,26 +119,28 @@ def score(
     )
     _check_records(records)
 
-    rules = _RULES[compat]
+    rewards = RewardsConfig.model_validate(rewards.model_dump() | settings)
+    rules = _RULES[rewards.compat]
     traces = [parse(completion) for completion in completions]
     judged = np.asarray(judge_scores, np.float64)
     valid = np.isfinite(judged)
     judged = np.where(valid, judged, 0)
+    previous = np.asarray(previous_means, np.float64)
 
     areas = [_first_and_last_area(trace) for trace in traces]
-    hiou_first, hiou_last = _hious(areas, records, pair_denominator)
+    hiou_first, hiou_last = _hious(areas, records, rewards.pair_denominator)
     hits = [_depth_hits(trace, depth_map) for trace, depth_map in zip(traces, depth_maps)]
     consistency = np.array([pair_hits.mean() if pair_hits.size else 0.0 for pair_hits in hits])
 
     terms = {
         "format": np.array([float(_problems(trace) <= rules.tolerated) for trace in traces]),
-        "answer": np.where(valid, judged + _progress(judged, np.asarray(previous_means, np.float64), rules), 0),
-        "bbox": hiou_last + _progress(hiou_last, hiou_first, rules),
+        "answer": np.where(valid, judged + rewards.answer_progress * _progress(judged, previous, rules), 0),
+        "bbox": hiou_last + rewards.bbox_progress * _progress(hiou_last, hiou_first, rules),
         "depth": consistency if rules.fractional_depth else _all_consistent(consistency, traces),
     }
     return Scores(
         **terms,
-        total=np.where(valid, sum(terms.values()), 0),
+        total=np.where(valid, sum(weight * terms[name] for name, weight in rewards.weights.items()), 0),
         valid=valid,
         hiou_first=hiou_first,
         hiou_last=hiou_last,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -12,7 +11,7 @@ from sif_jax.config import GrpoConfig
 from sif_jax.data.feed import Feed
 from sif_jax.judge.completions import judge_completions
 from sif_jax.models.qwen2_5_vl.chat import ChatProcessor
-from sif_jax.rewards import group_advantages, score
+from sif_jax.rewards import advantages, score
 from sif_jax.rewards.scoring import Scores
 from sif_jax.rollout.engine import Rollout
 from sif_jax.rollout.text import decode_rollout
@@ -70,9 +69,7 @@ def judge_rollout(
         judge_scores=judged,
         previous_means=np.repeat(previous_means, groups[1]),
         depth_maps=feed.depth_maps(repeated),
-        compat=config.compat,
-        pair_denominator=config.pair_denominator,
+        rewards=config.rewards,
     )
-    total, valid = jnp.asarray(scores.total.reshape(groups)), jnp.asarray(scores.valid.reshape(groups))
-    advantages = group_advantages(total, valid, eps=config.advantage_eps)
-    return Feedback(completions, judged.reshape(groups), scores, np.asarray(advantages))
+    earned = advantages(scores, config.rewards, num_samples=groups[1], eps=config.advantage_eps)
+    return Feedback(completions, judged.reshape(groups), scores, earned)
