@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 
-def parameter_sharding(mesh: Mesh, shape: tuple[int, ...], *, stacked: bool = False) -> NamedSharding:
+def parameter_sharding(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], *, stacked: bool = False) -> NamedSharding:
     """Split the largest axis that the mesh axis "fsdp" divides, of equal ones the last; else keep the parameter whole.
 
     The leading axis of a stacked parameter, its layers, is never split: the scan over layers gathers one at a time.
