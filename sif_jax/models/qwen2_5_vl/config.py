@@ -17,6 +17,18 @@ DTYPE_KEYS = ("torch_dtype", "dtype")  # the second since transformers 4.56
 SECTIONS = ("text_config", "vision_config")
 
 
+# What a config.json may leave out of vision_config: the published 32B does.
+VISION_DEFAULTS = {
+    "depth": 32,
+    "num_heads": 16,
+    "fullatt_block_indexes": (7, 15, 23, 31),
+    "window_size": 112,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+
+
 @dataclass(frozen=True)
 class VisionConfig:
     depth: int
@@ -91,7 +103,7 @@ class Qwen2_5_VLConfig:  # noqa: N801  the model's published name
         try:
             config = cls(
                 text=_text_config(text, tied=_is_tied(raw), file=file),
-                vision=_vision_config(raw["vision_config"]),
+                vision=_vision_config(VISION_DEFAULTS | raw["vision_config"]),
                 image_token_id=raw["image_token_id"],
                 vision_start_token_id=raw["vision_start_token_id"],
                 vision_end_token_id=raw["vision_end_token_id"],
