@@ -61,7 +61,7 @@ def test_the_paper_grpo_config_states_the_papers_settings():
     assert config.lora is not None
     assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (64, 128, 0.05)
     assert config.freeze_vision
-    assert (config.num_samples, config.kl_beta, config.epochs, config.data.limit) == (8, 0.04, 20, 200)
+    assert (config.num_samples, config.objective.kl_beta, config.epochs, config.data.limit) == (8, 0.04, 20, 200)
     assert (config.max_new_tokens, config.optimizer.learning_rate, config.rewards.compat) == (2048, 1e-5, "paper")
 
 

@@ -61,7 +61,7 @@ def visits(monkeypatch):
 
 
 def test_a_step_makes_the_better_samples_likelier_and_the_worse_ones_less_likely(tmp_path):
-    settings = config(tmp_path, "kl_beta=0")
+    settings = config(tmp_path, "objective.kl_beta=0")
     policy = open_policy(settings.model, lora=None, freeze_vision=True, seed=0)
     feed = open_feed(
         settings.data,

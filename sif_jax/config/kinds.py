@@ -23,6 +23,7 @@ from pydantic import (
 from sif_jax.errors import InputError
 
 PATCH_PIXELS = 14 * 14  # Qwen2.5-VL's vision patch
+PUBLISHED_CLIP = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -382,6 +383,30 @@ class RewardsConfig(Config):
         return {"format": self.format, "answer": self.answer, "bbox": self.bbox, "depth": self.depth}
 
 
+class ObjectiveConfig(Config):
+    """What a rollout's advantages are turned into; docs/grpo.md has the formulas and their papers."""
+
+    kind: Literal["grpo", "dr_grpo", "dapo", "gspo"] = Field(
+        default="grpo", description="the clipped objective and its mean over tokens"
+    )
+    clip_low: float | None = Field(
+        default=None, gt=0, le=1, description="the ratio is clipped to 1 - clip_low; null: 0.2, gspo 3e-4"
+    )
+    clip_high: PositiveFloat | None = Field(
+        default=None, description="the ratio is clipped to 1 + clip_high; null: 0.2, dapo 0.28, gspo 4e-4"
+    )
+    kl: Literal["k1", "k2", "k3"] = Field(default="k3", description="estimator of the KL to the reference policy")
+    kl_beta: NonNegativeFloat = Field(
+        default=0.04, description="weight of the KL; 0: no reference policy is held or computed"
+    )
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        """(low, high), those of the kind's paper where they are not set."""
+        low, high = PUBLISHED_CLIP[self.kind]
+        return self.clip_low or low, self.clip_high or high
+
+
 class GrpoConfig(TrainConfig):
     prompts_per_step: PositiveInt = Field(default=2, description="prompts per rollout, over the whole job")
     micro_batch: PositiveInt = Field(default=1, description="prompts per forward pass; divides prompts_per_step")
@@ -395,8 +420,7 @@ class GrpoConfig(TrainConfig):
     epochs: PositiveInt = Field(default=20, description="visits to every prompt")
     max_steps: PositiveInt | None = Field(default=None, description="rollouts, whatever epochs says; null: from epochs")
     updates_per_rollout: PositiveInt = Field(default=1, description="optimizer steps on one rollout")
-    clip_eps: PositiveFloat = Field(default=0.2, description="the probability ratio is clipped to 1 +- clip_eps")
-    kl_beta: NonNegativeFloat = Field(default=0.04, description="weight of the KL to the reference policy")
+    objective: ObjectiveConfig = ObjectiveConfig()
     rewards: RewardsConfig = RewardsConfig()
     judge: JudgeConfig = JudgeConfig()
     advantage_eps: PositiveFloat = Field(default=1e-4, description="added to the group's standard deviation")

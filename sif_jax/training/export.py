@@ -55,7 +55,7 @@ def _export_run(config: ExportConfig, out: Path) -> None:
 
 def _run_config(run: Path) -> TrainConfig:
     keys = yaml.safe_load((run / "config.yaml").read_text())
-    kind = next((kind for key, kind in {"target": SftConfig, "kl_beta": GrpoConfig}.items() if key in keys), None)
+    kind = next((kind for key, kind in {"target": SftConfig, "objective": GrpoConfig}.items() if key in keys), None)
     if kind is None:
         raise InputError("not a training run", file=run / "config.yaml", expected="a run of sif-jax sft or grpo")
     return load_config(kind, run / "config.yaml")

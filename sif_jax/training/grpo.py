@@ -193,8 +193,8 @@ def make_gradients(graphdef: nnx.GraphDef, config: GrpoConfig) -> Callable[..., 
                 groups.advantages,
                 groups.token_mask,
                 groups.valid,
-                clip_eps=config.clip_eps,
-                kl_beta=config.kl_beta,
+                clip_eps=config.objective.clip[0],
+                kl_beta=config.objective.kl_beta,
             )
             sums = Sums(policy_loss, jnp.sum(entropy * groups.token_mask), groups.token_mask.sum().astype(jnp.float32))
             return policy_loss.loss, sums
