@@ -206,6 +206,9 @@ class RunConfig(RunName):
     log_every: PositiveInt = Field(default=1, description="steps between lines of metrics.jsonl")
     save_every: PositiveInt = Field(default=100, description="steps between checkpoints")
     keep: PositiveInt = Field(default=3, description="newest checkpoints kept")
+    samples_every: PositiveInt | None = Field(
+        default=50, description="GRPO: steps between tables of completions with their traces drawn; null: none"
+    )
     tensorboard: bool = Field(default=True, description="write TensorBoard event files to the run's directory")
     wandb: bool = Field(default=False, description="also log to Weights & Biases (pip install wandb)")
 

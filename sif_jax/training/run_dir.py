@@ -16,6 +16,7 @@ FREE_KEYS = {
     "run.log_every",
     "run.save_every",
     "run.keep",
+    "run.samples_every",
     "run.tensorboard",
     "run.wandb",
     "model.remat",
