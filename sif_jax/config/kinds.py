@@ -582,7 +582,7 @@ class RematBenchConfig(Config):
     image_px: tuple[PositiveInt, PositiveInt] = Field(
         default=(364, 252), description="(width, height) of each image; 28 divides"
     )
-    steps: PositiveInt = Field(default=5, description="timed steps of each policy, taken in turns")
+    steps: PositiveInt = Field(default=3, description="timed steps of each policy, taken in turns")
 
 
 class PrecisionBenchConfig(Config):

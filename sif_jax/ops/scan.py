@@ -9,6 +9,9 @@ import jax
 
 Remat = Literal["none", "dots", "full"]
 
+# What is kept of each layer: everything; its input and its weights' products, so that attention and the elementwise work
+# are done again (MaxText's "minimal"); its input. Costs in docs/results/remat.md, by `sif-jax bench remat`. Keeping all
+# products but the feed-forward's wide ones lies on the line between dots and full, so it is not offered.
 REMAT_POLICIES = {
     "none": lambda body: body,
     "dots": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
