@@ -21,13 +21,13 @@ class Judged(NamedTuple):
     counters: dict[str, float]  # by metric name, since the run began
 
 
-class JudgeStopped(InputError):
+class JudgeStoppedError(InputError):
     """Judging cannot go on: save the state of the run as it was before this rollout, then raise on."""
 
 
 class Judge(Protocol):
     def submit(self, completions: Sequence[str], records: Sequence[Record], image_root: Path) -> Future[Judged]:
-        """Start judging and return at once; the result may raise JudgeStopped."""
+        """Start judging and return at once; the result may raise JudgeStoppedError."""
         ...
 
     def state(self) -> dict[str, Any]:
