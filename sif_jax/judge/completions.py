@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64
@@ -25,6 +25,7 @@ class JudgeStoppedError(InputError):
     """Judging cannot go on: save the state of the run as it was before this rollout, then raise on."""
 
 
+@runtime_checkable
 class Judge(Protocol):
     def submit(self, completions: Sequence[str], records: Sequence[Record], image_root: Path) -> Future[Judged]:
         """Start judging and return at once; the result may raise JudgeStoppedError."""
