@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
+MEASURED := $(shell grep -l "measured(" tests/test_*.py)
 
 .PHONY: demo test test-all parity check env env-test clean
 
@@ -15,7 +16,7 @@ test-all: check
 	$(PYTEST) -n 2 --dist loadgroup
 
 parity: $(VENV)/.test
-	$(PYTEST) -n 2 --dist loadgroup -q --measured tests/test_*parity.py tests/test_peft.py
+	$(PYTEST) -n 2 --dist loadgroup -q --measured $(MEASURED)
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

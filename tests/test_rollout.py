@@ -62,6 +62,17 @@ def test_returned_logprobs_are_those_of_the_trainer_and_of_a_full_forward(vlm):
     np.testing.assert_allclose(full, at_temperature_1, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", MESSAGES)
+def test_cached_steps_equal_the_full_forward(vlm, name, measured):
+    forbidden = vlm.processor.forbidden_ids(vlm.config.text.vocab_size)
+    _, _, rollout = rollout_of(vlm, [name], samples=2, temperature=1.0, forbidden_ids=forbidden)
+    errors = []
+    for ids, logprobs, length in zip(*(np.asarray(x)[0] for x in rollout[:3]), strict=True):
+        full = vlm.logprobs(vlm.encode(MESSAGES[name]), ids[:length])
+        errors.append(np.abs(logprobs[:length] - full).max())
+    measured(f"log-probs of cached decoding against the full forward, {name}, nats", max(errors), at_most=1e-5)
+
+
 def test_greedy_tokens_equal_transformers_generate(vlm):
     _, _, rollout = rollout_of(vlm, samples=1, temperature=0.0)
     for row, name in enumerate(NAMES):
