@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +57,10 @@ class ChatClient:
         self._config = config
         self._key = _read_key(config)
         self._cache = ReplyCache(config.cache, config.base_url)
+        logging.getLogger("httpcore").setLevel(
+            logging.WARNING
+        )  # at DEBUG it logs what servers say, which may be the key
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # at INFO it logs a line per request
         self._slots = asyncio.Semaphore(config.concurrency)
         try:
             self._http = httpx.AsyncClient(
