@@ -1,17 +1,21 @@
 """Metrics: valid JSON for any value, and no step twice after a resume."""
 
 import errno
+import html
 import io
 import json
 import math
 import os
 import sys
 import types
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from sif_jax.errors import InputError
@@ -82,26 +86,77 @@ def test_tensorboard_gets_the_same_values(tmp_path):
     log = MetricsLog(tmp_path)
     log.log(7, {"train/loss": 0.125})
     log.close()
-    (file,) = (tmp_path / "tensorboard").iterdir()
+    scalars = [(event.step, value.tag, value.simple_value) for event, value in board_values(tmp_path)]
+    assert scalars == [(7, "train/loss", 0.125)]
+
+
+def board_values(run: Path) -> list[tuple[Event, Any]]:
+    """Every value of the run's TensorBoard file with the event that holds it."""
+    (file,) = (run / "tensorboard").iterdir()
     data, events = file.read_bytes(), []
     while data:  # a TFRecord: length (8), its checksum (4), the event, its checksum (4)
         length = int.from_bytes(data[:8], "little")
         events.append(Event.FromString(data[12 : 12 + length]))
         data = data[16 + length :]
-    scalars = [(event.step, value.tag, value.simple_value) for event in events for value in event.summary.value]
-    assert scalars == [(7, "train/loss", 0.125)]
+    return [(event, value) for event in events for value in event.summary.value]
 
 
-def test_weights_and_biases_gets_the_same_values(tmp_path, monkeypatch):
-    seen = []
+@pytest.fixture
+def wandb(monkeypatch) -> list:
+    """What a stand-in for wandb was told."""
+    seen: list = []
     run = types.SimpleNamespace(log=lambda values, step: seen.append((step, values)), finish=lambda: seen.append("end"))
-    fake = types.ModuleType("wandb")
+    fake: Any = types.ModuleType("wandb")
     fake.init = lambda **options: seen.append(options["name"]) or run
+    fake.Image = lambda picture: ("image", picture.size)
+    fake.Table = lambda columns, data: (columns, data)
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    return seen
+
+
+def test_weights_and_biases_gets_the_same_values(tmp_path, wandb):
     log = MetricsLog(tmp_path / "my-run", tensorboard=False, wandb=True)
     log.log(2, {"loss": 0.5})
     log.close()
-    assert seen == ["my-run", (2, {"loss": 0.5}), "end"]
+    assert wandb == ["my-run", (2, {"loss": 0.5}), "end"]
+
+
+ROWS = [
+    {"completion": "<b>left</b> | *right*\n_x_", "total": 0.5, "judge": None},
+    {"completion": "a", "total": 1.0, "judge": 1.0},
+]
+PICTURES = [Image.new("RGB", (4, 3), "red"), Image.new("RGB", (2, 2), "blue")]
+
+
+def test_a_table_goes_to_tensorboard_as_images_and_a_text_in_which_markup_is_text(tmp_path):
+    log = MetricsLog(tmp_path)
+    assert log.shows_pictures
+    log.log_table(3, "rollouts", ROWS, PICTURES)
+    log.close()
+    values = {value.tag.removesuffix("/text_summary"): value for _, value in board_values(tmp_path)}
+    assert {event.step for event, _ in board_values(tmp_path)} == {3}
+    shown = np.asarray(Image.open(io.BytesIO(values["rollouts/0"].image.encoded_image_string)))
+    assert np.array_equal(shown, np.asarray(PICTURES[0]))
+    assert values["rollouts/1"].image.width == 2
+    header, _, first, second = values["rollouts"].tensor.string_val[0].decode().splitlines()
+    assert header == "| picture | completion | total | judge |"
+    assert html.unescape(first) == "| 0 | <b>left</b> | *right* _x_ | 0.500 | – |"
+    assert first.count("|") == 5
+    assert not set("<*_>") & set(first)
+    assert second == "| 1 | a | 1.000 | 1.000 |"
+
+
+def test_a_table_goes_to_weights_and_biases_with_its_pictures(tmp_path, wandb):
+    log = MetricsLog(tmp_path, tensorboard=False, wandb=True)
+    log.log_table(3, "rollouts", ROWS, PICTURES)
+    columns, cells = wandb[1][1]["rollouts"]
+    assert wandb[1][0] == 3
+    assert columns == ["picture", "completion", "total", "judge"]
+    assert cells == [[("image", (4, 3)), *ROWS[0].values()], [("image", (2, 2)), *ROWS[1].values()]]
+
+
+def test_a_log_without_tensorboard_and_weights_and_biases_shows_no_pictures(tmp_path):
+    assert not MetricsLog(tmp_path, tensorboard=False).shows_pictures
 
 
 def test_weights_and_biases_that_is_not_installed_is_told(tmp_path, monkeypatch):

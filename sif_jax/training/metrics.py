@@ -6,11 +6,14 @@ import importlib
 import json
 import math
 import os
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from tensorboardX import SummaryWriter
 
 from sif_jax.errors import InputError
@@ -46,6 +49,23 @@ class MetricsLog:
         if self._wandb:
             self._wandb.log(values, step=step)
 
+    @property
+    def shows_pictures(self) -> bool:
+        return bool(self._board or self._wandb)
+
+    def log_table(
+        self, step: int, name: str, rows: Sequence[Mapping[str, str | float | None]], pictures: Sequence[Image.Image]
+    ) -> None:
+        """A picture and its row each: images and a text in TensorBoard, one table in Weights & Biases."""
+        if self._board:
+            self._board.add_text(name, _markdown(rows), step)
+            for number, picture in enumerate(pictures):
+                self._board.add_image(f"{name}/{number}", np.asarray(picture), step, dataformats="HWC")
+        if self._wandb:
+            wandb = importlib.import_module("wandb")
+            cells = [[wandb.Image(picture), *row.values()] for picture, row in zip(pictures, rows, strict=True)]
+            self._wandb.log({name: wandb.Table(columns=["picture", *rows[0]], data=cells)}, step=step)
+
     def _write(self, line: str) -> None:
         try:
             with self._path.open("a", encoding="utf-8") as file:
@@ -67,6 +87,20 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     path = Path(run_dir) / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _markdown(rows: Sequence[Mapping[str, str | float | None]]) -> str:
+    """Picture i stands beside the row that is numbered i."""
+    header = ["picture", *rows[0]]
+    lines = [header, ["---"] * len(header), *([str(i), *map(_cell, row.values())] for i, row in enumerate(rows))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: str | float | None) -> str:
+    """Whatever a model writes stays text: no markup, no further column."""
+    if isinstance(value, str):
+        return " ".join(re.sub(r"[^\w\s.,:;]|_", lambda sign: f"&#{ord(sign[0])};", value).split())
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _drop_from(path: Path, step: int) -> None:
