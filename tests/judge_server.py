@@ -34,7 +34,7 @@ class Server:
     url: str
     script: list[Behaviour]  # the behaviour of each request in turn; the last one stays
     requests: list[Request] = field(default_factory=list)
-    under_way: int = 0
+    under_way: set[Handler] = field(default_factory=set)
     most_under_way: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
     released: threading.Event = field(default_factory=threading.Event)  # set at the end: hanging requests return
@@ -51,17 +51,17 @@ class Handler(BaseHTTPRequestHandler):
         with owner.lock:
             behaviour = owner.script[min(len(owner.requests), len(owner.script) - 1)]
             owner.requests.append(request)
-            owner.under_way += 1
-            owner.most_under_way = max(owner.most_under_way, owner.under_way)
+            owner.under_way.add(self)
+            owner.most_under_way = max(owner.most_under_way, len(owner.under_way))
         try:
             behaviour(self, request)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
         finally:
-            with owner.lock:
-                owner.under_way -= 1
+            owner.under_way.discard(self)
 
     def answer(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.owner.under_way.discard(self)  # before the client can know
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -72,12 +72,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def says(text: Any, usage: Any = USAGE, after_s: float = 0.0) -> Behaviour:
-    def behave(handler: Handler, request: Request) -> None:
-        time.sleep(after_s)
-        handler.answer(completion(text, usage))
-
-    return behave
+def says(text: Any, usage: Any = USAGE) -> Behaviour:
+    return sends(completion(text, usage))
 
 
 def sends(body: bytes) -> Behaviour:

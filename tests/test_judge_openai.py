@@ -4,6 +4,7 @@ import base64
 import concurrent.futures
 import json
 import math
+import threading
 import time
 
 import jax.numpy as jnp
@@ -206,13 +207,13 @@ def test_every_trouble_at_once_ends_in_bounded_time_and_spoils_no_other_score(tm
 
     with serve(behave) as server:
         began = time.monotonic()
-        scores, counters = judged(judges(server, timeout_s=0.4), ["fine", *texts, "fine"], tmp_path)
+        scores, counters = judged(judges(server, timeout_s=1.0), ["fine", *texts, "fine"], tmp_path)
         took = time.monotonic() - began
     assert (scores[0], scores[-1]) == (1, 1)
     assert np.isnan(scores[1:-1]).all()
     assert sum(value for name, value in counters.items() if name.startswith("judge/failed/")) == len(troubles)
     assert counters["judge/failed/timeout"] == 2
-    assert took < 2 * 0.4 + 3
+    assert took < 2 * 1.0 + 5
 
 
 def test_a_group_that_fails_whole_teaches_nothing_and_spoils_nothing(tmp_path, judges):
@@ -274,16 +275,18 @@ def test_a_cap_stops_the_run_and_a_raised_one_goes_on_from_what_was_paid_for(tmp
 
 
 def test_judging_goes_on_while_the_program_does_other_work(tmp_path, judges):
-    with serve(says('{"score": 1}', after_s=0.3)) as server:
-        began = time.monotonic()
-        judge = judges(server)
-        opened = time.monotonic()
+    four = threading.Barrier(5, timeout=10)  # and this thread
+
+    def waits(handler, request):
+        four.wait()
+        handler.answer(completion('{"score": 1}'))
+
+    with serve(waits) as server:
+        judge = judges(server, timeout_s=20.0)
         pending = [judge.submit(answers("a", "b"), [record()] * 2, tmp_path) for _ in range(2)]
-        assert time.monotonic() - opened < 0.2
         assert not any(one.done() for one in pending)
+        four.wait()
         assert [one.result(timeout=20).scores.tolist() for one in pending] == [[1, 1]] * 2
-    assert server.most_under_way == 4
-    assert time.monotonic() - began < 5
 
 
 def test_closing_ends_what_is_under_way(tmp_path, judges):

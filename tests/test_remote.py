@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import logging
+import threading
 import time
 import traceback
 from datetime import UTC, datetime, timedelta
@@ -100,7 +101,7 @@ TROUBLES = {
 @pytest.mark.parametrize("reason", TROUBLES)
 def test_what_may_pass_is_asked_again(reason):
     with serve(TROUBLES[reason], says("hi")) as server:
-        outcomes, account = ask(remote(server.url, timeout_s=0.3))
+        outcomes, account = ask(remote(server.url, timeout_s=1.0 if reason == "timeout" else 10.0))
     assert outcomes == ["hi"]
     assert (account.calls, account.retries, account.failures) == (2, 1, {})
 
@@ -108,7 +109,7 @@ def test_what_may_pass_is_asked_again(reason):
 @pytest.mark.parametrize("reason", TROUBLES)
 def test_what_does_not_pass_fails_by_its_reason_after_the_last_attempt(reason):
     with serve(TROUBLES[reason]) as server:
-        outcomes, account = ask(remote(server.url, timeout_s=0.2, retries=1))
+        outcomes, account = ask(remote(server.url, timeout_s=0.2 if reason == "timeout" else 10.0, retries=1))
     assert isinstance(outcomes[0], CallError)
     assert (outcomes[0].reason, account.failures) == (reason, {reason: 1})
     assert len(server.requests) == 2
@@ -133,7 +134,7 @@ def test_a_reply_that_drips_is_cut_off_at_the_time_limit():
         began = time.monotonic()
         outcomes, _ = ask(remote(server.url, timeout_s=0.3, retries=0))
     assert str(outcomes[0]) == "timeout"
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5
 
 
 def test_a_server_that_never_answers_takes_a_bounded_time():
@@ -142,7 +143,7 @@ def test_a_server_that_never_answers_takes_a_bounded_time():
         outcomes, _ = ask(remote(server.url, timeout_s=0.2, retries=2, backoff_s=0.1, concurrency=4), *numbered(8))
         took = time.monotonic() - began
     assert [str(outcome) for outcome in outcomes] == ["timeout"] * 8
-    assert took < 2 * 3 * 0.2 + 0.3 + 1.5
+    assert took < 2 * 3 * 0.2 + 0.3 + 4
 
 
 def test_waits_grow_exponentially():
@@ -167,7 +168,7 @@ def test_the_servers_own_wait_is_honoured(in_words):
     with serve(refuses(429, date if in_words else "1"), says("hi")) as server:
         assert ask(remote(server.url))[0] == ["hi"]
     first, second = server.requests
-    assert 0.9 <= second.at - first.at < 3
+    assert 0.9 <= second.at - first.at < 6
 
 
 def test_a_server_that_asks_for_too_long_a_wait_is_given_up():
@@ -214,7 +215,13 @@ def test_passing_statuses():
 
 
 def test_no_more_requests_are_under_way_than_allowed():
-    with serve(says("hi", after_s=0.05)) as server:
+    three = threading.Barrier(3, timeout=10)
+
+    def waits_for_two_others(handler, request):
+        three.wait()
+        handler.answer(completion("hi"))
+
+    with serve(waits_for_two_others) as server:
         outcomes, _ = ask(remote(server.url, concurrency=3), *numbered(12))
     assert outcomes == ["hi"] * 12
     assert server.most_under_way == 3
@@ -222,10 +229,8 @@ def test_no_more_requests_are_under_way_than_allowed():
 
 def test_a_call_that_waits_to_be_repeated_leaves_its_place_to_others():
     with serve(refuses(429, "1"), says("hi")) as server:
-        began = time.monotonic()
         ask(remote(server.url, concurrency=1), *numbered(4))
-    assert server.requests[3].at - began < 0.9
-    assert len(server.requests) == 5
+    assert [request.body["messages"][0]["content"] for request in server.requests] == ["0", "1", "2", "3", "0"]
 
 
 # Cache
