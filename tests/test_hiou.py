@@ -1,5 +1,6 @@
 """HIoU: the paper's formula, against SciPy and shapely, and against reward hacking."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from sif_jax.rewards import hiou
 from sif_jax.rewards.geometry import batched_hiou
+from sif_jax.rewards.packing import to_units
 
 MAX_BOXES = 8
 
@@ -28,16 +30,16 @@ def shapely_hiou(pred, gold, denominator=min):
     return (iou(shapely.union_all(p), shapely.union_all(g)) + paired) / 2
 
 
-def jitted_hiou(cases, **options):
+def jitted_hiou(cases, num_boxes=MAX_BOXES, *, denominator="min"):
     def pad(box_sets):
-        boxes, mask = np.zeros((len(box_sets), MAX_BOXES, 4), np.float32), np.zeros((len(box_sets), MAX_BOXES), bool)
+        boxes, mask = np.zeros((len(box_sets), num_boxes, 4)), np.zeros((len(box_sets), num_boxes), bool)
         for row, box_set in enumerate(box_sets):
             mask[row, : len(box_set)] = True
-            boxes[row, : len(box_set)] = 1000 * np.array(box_set).reshape(-1, 4)
-        return jnp.asarray(boxes), jnp.asarray(mask)
+            boxes[row, : len(box_set)] = np.array(box_set).reshape(-1, 4)
+        return jnp.asarray(to_units(boxes)), jnp.asarray(mask)
 
     preds, golds = zip(*cases)
-    return np.asarray(batched_hiou(*pad(preds), *pad(golds), **options))
+    return np.asarray(jax.jit(batched_hiou)(*pad(preds), *pad(golds), count_all=denominator == "max"))
 
 
 def random_cases(rng, count):
@@ -80,7 +82,7 @@ def test_hiou_is_that_of_shapely_and_scipy(denominator):
     expected = [shapely_hiou(pred, gold, min if denominator == "min" else max) for pred, gold in CASES]
     exact = [hiou(pred, gold, pair_denominator=denominator) for pred, gold in CASES]
     np.testing.assert_allclose(exact, expected, atol=1e-9)
-    np.testing.assert_allclose(jitted_hiou(CASES, pair_denominator=denominator), expected, atol=1e-6)
+    np.testing.assert_allclose(jitted_hiou(CASES, denominator=denominator), expected, atol=1e-6)
 
 
 thousandth = st.integers(0, 1000).map(lambda n: n / 1000)

@@ -18,26 +18,17 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 
 from sif_jax.config import RewardsConfig
 from sif_jax.errors import InputError
-from sif_jax.rewards.depth import depth_hits
-from sif_jax.rewards.geometry import batched_hiou
-from sif_jax.sif.boxes import WHOLE_IMAGE, Box
-from sif_jax.sif.grammar import BoxDepth, Problem, Trace, parse
-from sif_jax.sif.overlap import PairDenominator
+from sif_jax.rewards.packing import MAX_BOXES, pack
+from sif_jax.rewards.terms import Rules, Verdicts, reward_terms
+from sif_jax.sif.grammar import Problem, Trace, parse
 from sif_jax.sif.record import Record
 
-# Few static shapes, so few compilations: rows in multiples, boxes in powers of two.
-_ROW_MULTIPLE = 64
-_BOX_BUCKETS = (4, 8, 16, 32, 64)
-MAX_BOXES = _BOX_BUCKETS[-1]
 DEFAULT_REWARDS = RewardsConfig()
-# Thousandths are whole numbers in float32.
-_THOUSANDTHS = 1000.0
 
 _UNREADABLE_PAIRS = frozenset(
     {
@@ -51,22 +42,9 @@ _UNREADABLE_PAIRS = frozenset(
         Problem.BOX_INVERTED,
     }
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rules:
-    tolerated: frozenset[Problem]
-    clip_progress: bool
-    fractional_depth: bool
-
-
-_RULES = {
-    "paper": _Rules(frozenset(), clip_progress=False, fractional_depth=False),
-    "release": _Rules(
-        frozenset({Problem.OUTSIDE_TEXT, Problem.EMPTY_AREA, Problem.DEPTH_IS_BOOLEAN, Problem.EXTRA_KEY}),
-        clip_progress=True,
-        fractional_depth=True,
-    ),
+_TOLERATED = {
+    "paper": frozenset(),
+    "release": frozenset({Problem.OUTSIDE_TEXT, Problem.EMPTY_AREA, Problem.DEPTH_IS_BOOLEAN, Problem.EXTRA_KEY}),
 }
 
 
@@ -75,7 +53,8 @@ class Scores:
     """Per completion: the reward terms and their weighted sum, and what they come from.
 
     `valid` is False where the judge failed; there `answer` and `total` are 0 and mean nothing. `depth_consistency` is the
-    share of box-depth pairs within 10 %; `num_cut_boxes` counts the boxes of an area beyond `MAX_BOXES`.
+    share of box-depth pairs within 10 %; `hious` has every area's HIoU, 0 beyond the last one; `num_cut_boxes` counts the
+    boxes that no array had room for.
     """
 
     format: Float[np.ndarray, "completion"]
@@ -87,6 +66,7 @@ class Scores:
     hiou_first: Float[np.ndarray, "completion"]
     hiou_last: Float[np.ndarray, "completion"]
     hiou_gain: Float[np.ndarray, "completion"]
+    hious: Float[np.ndarray, "completion area"]
     depth_consistency: Float[np.ndarray, "completion"]
     num_areas: Int[np.ndarray, "completion"]
     num_cut_boxes: Int[np.ndarray, "completion"]
@@ -120,90 +100,53 @@ def score(
     _check_records(records)
 
     rewards = RewardsConfig.model_validate(rewards.model_dump() | settings)
-    rules = _RULES[rewards.compat]
     traces = [parse(completion) for completion in completions]
-    judged = np.asarray(judge_scores, np.float64)
-    valid = np.isfinite(judged)
-    judged = np.where(valid, judged, 0)
-    previous = np.asarray(previous_means, np.float64)
-
-    areas = [_first_and_last_area(trace) for trace in traces]
-    hiou_first, hiou_last = _hious(areas, records, rewards.pair_denominator)
-    hits = [_depth_hits(trace, depth_map) for trace, depth_map in zip(traces, depth_maps)]
-    consistency = np.array([pair_hits.mean() if pair_hits.size else 0.0 for pair_hits in hits])
-
+    packed = pack(traces, records, depth_maps)
+    verdicts = _verdicts(traces, judge_scores, previous_means, rewards, len(packed.mask))
     terms = {
-        "format": np.array([float(_problems(trace) <= rules.tolerated) for trace in traces]),
-        "answer": np.where(valid, judged + rewards.answer_progress * _progress(judged, previous, rules), 0),
-        "bbox": hiou_last + rewards.bbox_progress * _progress(hiou_last, hiou_first, rules),
-        "depth": consistency if rules.fractional_depth else _all_consistent(consistency, traces),
+        name: np.asarray(values, np.float64)[:count]
+        for name, values in reward_terms(packed, verdicts, _rules(rewards))._asdict().items()
     }
     return Scores(
         **terms,
-        total=np.where(valid, sum(weight * terms[name] for name, weight in rewards.weights.items()), 0),
-        valid=valid,
-        hiou_first=hiou_first,
-        hiou_last=hiou_last,
-        hiou_gain=hiou_last - hiou_first,
-        depth_consistency=consistency,
+        valid=np.asarray(verdicts.valid[:count]),
+        hiou_gain=terms["hiou_last"] - terms["hiou_first"],
         num_areas=np.array([len(trace.areas) for trace in traces], np.int64),
-        num_cut_boxes=np.array([sum(max(len(area) - MAX_BOXES, 0) for area in pair) for pair in areas], np.int64),
+        num_cut_boxes=packed.num_cut[:count].astype(np.int64),
         well_formed=np.array([trace.well_formed for trace in traces], bool),
     )
 
 
-def _progress(now: np.ndarray, before: np.ndarray, rules: _Rules) -> np.ndarray:
-    gain = np.where(np.isnan(before), 0, now - before)
-    return np.maximum(gain, 0) if rules.clip_progress else gain
+def _verdicts(
+    traces: Sequence[Trace],
+    judge_scores: Sequence[float | int] | np.ndarray,
+    previous_means: Sequence[float | int | None] | np.ndarray,
+    rewards: RewardsConfig,
+    num_rows: int,
+) -> Verdicts:
+    problems = [{violation.problem for violation in trace.violations} for trace in traces]
+    judged, previous = np.asarray(judge_scores, np.float32), np.array(previous_means, np.float32)
+    valid = np.isfinite(judged)
+    judged = np.where(valid, judged, 0)
+    values = (
+        np.array([found <= _TOLERATED[rewards.compat] for found in problems], bool),
+        np.array([found.isdisjoint(_UNREADABLE_PAIRS) for found in problems], bool),
+        judged,
+        valid,
+        np.where(np.isfinite(previous), previous, judged),
+    )
+    return Verdicts(*(np.pad(value, (0, num_rows - len(value))) for value in values))
 
 
-def _problems(trace: Trace) -> set[Problem]:
-    return {violation.problem for violation in trace.violations}
-
-
-def _all_consistent(consistency: np.ndarray, traces: Sequence[Trace]) -> np.ndarray:
-    readable = np.array([_problems(trace).isdisjoint(_UNREADABLE_PAIRS) for trace in traces], bool)
-    return ((consistency == 1) & readable).astype(np.float64)
-
-
-def _depth_hits(trace: Trace, depth_map: np.ndarray | None) -> Shaped[np.ndarray, "pair"]:
-    if depth_map is None:
-        return np.zeros(0, bool)
-    return depth_hits((pair for area in trace.areas for pair in area), depth_map)
-
-
-def _first_and_last_area(trace: Trace) -> tuple[tuple[BoxDepth, ...], tuple[BoxDepth, ...]]:
-    if not trace.areas:
-        return (), ()
-    last = trace.areas[-1]
-    return next((area for area in trace.areas if not _is_whole_image(area)), last), last
-
-
-def _is_whole_image(area: tuple[BoxDepth, ...]) -> bool:
-    return all(pair.box_norm == WHOLE_IMAGE for pair in area)
-
-
-def _hious(
-    areas: Sequence[tuple[tuple[BoxDepth, ...], tuple[BoxDepth, ...]]],
-    records: Sequence[Record],
-    pair_denominator: PairDenominator,
-) -> tuple[Float[np.ndarray, "completion"], Float[np.ndarray, "completion"]]:
-    pred = [tuple(pair.box_norm for pair in area[:MAX_BOXES]) for both in areas for area in both]
-    gold = [record.gold_boxes for record in records for _ in ("first", "last")]
-    most = max((len(boxes) for boxes in (*pred, *gold)), default=0)
-    num_boxes = next(bucket for bucket in _BOX_BUCKETS if most <= bucket)
-    hiou = batched_hiou(*_pad(pred, num_boxes), *_pad(gold, num_boxes), pair_denominator=pair_denominator)
-    first, last = np.asarray(hiou, np.float64)[: len(pred)].reshape(-1, 2).T
-    return first, last
-
-
-def _pad(box_sets: Sequence[Sequence[Box]], num_boxes: int) -> tuple[Float[Array, "row box 4"], Bool[Array, "row box"]]:
-    num_rows = -(-max(len(box_sets), 1) // _ROW_MULTIPLE) * _ROW_MULTIPLE
-    boxes, mask = np.zeros((num_rows, num_boxes, 4), np.float32), np.zeros((num_rows, num_boxes), bool)
-    for row, box_set in enumerate(box_sets):
-        mask[row, : len(box_set)] = True
-        boxes[row, : len(box_set)] = np.array(box_set).reshape(-1, 4) * _THOUSANDTHS
-    return jnp.asarray(boxes), jnp.asarray(mask)
+def _rules(rewards: RewardsConfig) -> Rules:
+    return Rules(
+        weights=np.array(list(rewards.weights.values()), np.float32),
+        answer_progress=np.array(rewards.answer_progress),
+        bbox_progress=np.array(rewards.bbox_progress),
+        clip_progress=np.array(rewards.compat == "release"),
+        fractional_depth=np.array(rewards.compat == "release"),
+        count_all=np.array(rewards.pair_denominator == "max"),
+    )
 
 
 def _check_lengths(count: int, **per_completion: Sequence | np.ndarray) -> None:
@@ -221,6 +164,10 @@ def _check_records(records: Sequence[Record]) -> None:
                 value=record.frame,
                 expected="normalised",
                 fix="convert its boxes with sif_jax.sif.boxes",
+            )
+        if not all(0 <= v <= 1 for box in record.gold_boxes for v in box):
+            raise InputError(
+                "a gold box is outside the image", row=row, value=record.gold_boxes, expected="coordinates in [0, 1]"
             )
         if not 0 < len(record.gold_boxes) <= MAX_BOXES:
             raise InputError(

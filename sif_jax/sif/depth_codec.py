@@ -7,11 +7,10 @@ release reads grey as v/255, the opposite polarity.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Integer, Shaped, UInt8
+from jaxtyping import Float, Int32, Integer, Shaped, UInt8
 from PIL import Image
 from scipy.spatial import KDTree
 
@@ -146,17 +145,20 @@ def box_mean_depth(depth_norm: Float[np.ndarray, "h w"], box_norm: Box) -> float
     None if the box is empty, inverted or misses the image.
     """
     rows, columns = depth_norm.shape
-    x1, y1, x2, y2 = (min(max(v, 0.0), 1.0) for v in box_norm)
-    if not (x1 < x2 and y1 < y2):
-        return None
-    covered = depth_norm[_centres(y1, y2, rows), _centres(x1, x2, columns)]
-    return float(covered.mean(dtype=np.float64))
+    y1, x1, y2, x2 = pixel_windows(np.array(box_norm), np.array((columns, rows))).tolist()
+    covered = depth_norm[y1:y2, x1:x2]
+    return float(covered.mean(dtype=np.float64)) if covered.size else None
 
 
-def _centres(low: float, high: float, count: int) -> slice:
-    """The pixels i of `count` with low <= (i + 0.5)/count <= high, or the one that holds the middle."""
-    # The tolerance keeps a centre on the border inside despite rounding.
-    first, last = math.ceil(low * count - 0.5 - 1e-9), math.floor(high * count - 0.5 + 1e-9)
-    if first > last:
-        first = last = min(int((low + high) / 2 * count), count - 1)
-    return slice(first, last + 1)
+def pixel_windows(
+    boxes_norm: Float[np.ndarray, "*boxes 4"], sizes: Integer[np.ndarray, "*#boxes 2"]
+) -> Int32[np.ndarray, "*boxes 4"]:
+    """Rows and columns (y1, x1, y2, x2; ends exclusive) of each box's pixels; all 0 if `box_mean_depth` has none."""
+    corners = np.clip(boxes_norm, 0, 1)
+    low, high = corners[..., :2], corners[..., 2:]
+    # The pixels i with low <= (i + 0.5)/size <= high; the tolerance keeps a centre on the border inside.
+    first, last = np.ceil(low * sizes - 0.5 - 1e-9), np.floor(high * sizes - 0.5 + 1e-9)
+    middle = np.minimum(np.floor((low + high) / 2 * sizes), sizes - 1)
+    first, last = np.where(first > last, middle, (first, last))
+    windows = np.concatenate([first[..., ::-1], last[..., ::-1] + 1], axis=-1)
+    return np.where((low < high).all(axis=-1, keepdims=True), windows, 0).astype(np.int32)
