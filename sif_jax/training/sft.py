@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from sif_jax.config import SftConfig
@@ -32,6 +33,11 @@ from sif_jax.training.state import accumulate, from_zeros, initial_state, make_a
 def train(config: SftConfig) -> Path:
     """Run one fine-tuning, or resume it; its directory then holds checkpoints, metrics and the exported model."""
     directory, mesh = open_run(config), data_mesh()
+    with jax.set_mesh(mesh):
+        return _train(config, directory, mesh)
+
+
+def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
     policy = open_policy(config.model, lora=config.lora, freeze_vision=config.freeze_vision, seed=config.run.seed)
     feed = open_feed(
         config.data,
