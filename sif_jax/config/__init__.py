@@ -2,6 +2,7 @@
 
 from sif_jax.config.files import FieldRow, config_text, describe, dump_config, flat_config, load_config
 from sif_jax.config.kinds import (
+    AblationConfig,
     BucketsConfig,
     DataConfig,
     DemoConfig,
@@ -28,9 +29,11 @@ from sif_jax.config.kinds import (
     TinyModelConfig,
     TinyVisionConfig,
     TrainConfig,
+    VariantConfig,
 )
 
 __all__ = [
+    "AblationConfig",
     "BucketsConfig",
     "DataConfig",
     "DemoConfig",
@@ -58,6 +61,7 @@ __all__ = [
     "TinyModelConfig",
     "TinyVisionConfig",
     "TrainConfig",
+    "VariantConfig",
     "config_text",
     "describe",
     "dump_config",

@@ -449,6 +449,9 @@ class EvalConfig(Config):
     batch_size: PositiveInt = Field(default=8, description="prompts per forward pass, over the whole job")
     temperature: NonNegativeFloat = Field(default=0.0, description="sampling temperature; 0: greedy")
     scoring: Literal["strict"] = Field(default="strict", description="an answer that cannot be parsed is wrong")
+    target: Literal["cot", "answer"] = Field(
+        default="cot", description="what the model was trained to write; answer: the whole completion is the answer"
+    )
 
     @model_validator(mode="after")
     def _images_fit(self) -> EvalConfig:
@@ -565,6 +568,28 @@ class DemoConfig(Config):
     sft: str = Field(default="configs/demo/sft.yaml", description="config of the fine-tuning")
     grpo: str = Field(default="configs/demo/grpo.yaml", description="config of the reinforcement learning")
     eval: str = Field(default="configs/demo/eval.yaml", description="config of the evaluations")
+
+
+class VariantConfig(Config):
+    """KEY=VALUE words that go after those of the grid; null: this variant has no such stage."""
+
+    all: tuple[str, ...] = Field(default=(), description="for each of its stages, such as prompt.depth_input=false")
+    sft: tuple[str, ...] | None = Field(default=(), description="for its fine-tuning, such as target=answer")
+    grpo: tuple[str, ...] | None = Field(default=(), description="for its reinforcement, such as rewards.bbox=0")
+    eval: tuple[str, ...] = Field(default=(), description="for its evaluation, such as target=answer")
+
+
+Words = Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class AblationConfig(Config):
+    root: str = Field(default="runs/ablation", description="directory of every run of the grid and of its table")
+    sft: Words = Field(description="what would follow `sif-jax sft`: CONFIG.yaml, then KEY=VALUE words")
+    grpo: Words = Field(description="what would follow `sif-jax grpo`; it starts from the variant's own SFT")
+    eval: Words = Field(description="what would follow `sif-jax eval`; every variant answers the same records")
+    variants: Annotated[dict[str, VariantConfig], Field(min_length=1)] = Field(
+        description="name → further words per stage; differences are taken from the first"
+    )
 
 
 class RematBenchConfig(Config):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import nnx
+from jaxtyping import Float64
 
 from sif_jax.config import EvalConfig, dump_config
 from sif_jax.data.batch import Batch
@@ -16,6 +18,7 @@ from sif_jax.data.feed import Feed, open_feed
 from sif_jax.errors import InputError
 from sif_jax.evals.statistics import summarise
 from sif_jax.judge.completions import judge_completions
+from sif_jax.judge.rule import rule_score
 from sif_jax.models.qwen2_5_vl.chat import ChatProcessor
 from sif_jax.models.qwen2_5_vl.checkpoint import open_model, open_processor
 from sif_jax.progress import Progress
@@ -53,7 +56,7 @@ def evaluate(config: EvalConfig) -> Path:
     samples = []
     for batch in feed.loader:
         rollout = _answer(graphdef, state, batch, sampling, seed=config.run.seed, pad_id=processor.pad_id)
-        samples += _samples(rollout, batch, feed, processor, directory)
+        samples += _samples(rollout, batch, feed, processor, config)
         progress.advance()
     progress.close()
     feed.report_skipped()
@@ -82,13 +85,14 @@ def _answer(
 
 
 def _samples(
-    rollout: Rollout, batch: Batch, feed: Feed, processor: ChatProcessor, directory: Path
+    rollout: Rollout, batch: Batch, feed: Feed, processor: ChatProcessor, config: EvalConfig
 ) -> list[dict[str, Any]]:
     """One row per question of the batch; rows of padding are left out."""
+    directory = config.run.directory
     indices = [row[0] for row in batch.records if row]
     completions = decode_rollout(rollout, processor)[: len(indices)]
     records = [feed.records[index] for index in indices]
-    judged = judge_completions(completions, records)
+    judged = _judge(completions, records, config)
     scores = score(completions, records, judge_scores=judged, depth_maps=feed.depth_maps(indices))
     finished = np.asarray(rollout.finished)[:, 0]
     return [
@@ -108,6 +112,14 @@ def _samples(
         }
         for row, (index, record) in enumerate(zip(indices, records, strict=True))
     ]
+
+
+def _judge(
+    completions: Sequence[str], records: Sequence[Record], config: EvalConfig
+) -> Float64[np.ndarray, " completion"]:
+    if config.target == "cot":
+        return judge_completions(completions, records)
+    return np.array([rule_score(record.problem, record.response, text) for text, record in zip(completions, records)])
 
 
 def _measured(value: float, term: str, record: Record) -> float | None:

@@ -9,21 +9,21 @@ from sif_jax.evals.statistics import METRICS, Interval, Summary
 
 def text_table(stages: Mapping[str, Summary]) -> str:
     """Rows are stages, cells are `mean [low, high]`; under 140 columns wide for stage names up to 20 characters."""
-    rows = _rows(stages)
+    rows = _rows(stages, "stage")
     widths = [max(map(len, column)) for column in zip(*rows)]
     rule = "  ".join("-" * width for width in widths)
     header, *body = ("  ".join(_align(row, widths)).rstrip() for row in rows)
     return "\n".join([header, rule, *body, "", _note(stages)])
 
 
-def markdown_table(stages: Mapping[str, Summary]) -> str:
-    header, *body = ("| " + " | ".join(row) + " |" for row in _rows(stages))
+def markdown_table(stages: Mapping[str, Summary], *, heading: str = "stage") -> str:
+    header, *body = ("| " + " | ".join(row) + " |" for row in _rows(stages, heading))
     rule = "|---|" + "---:|" * (len(METRICS) + 1)
     return "\n".join([header, rule, *body, "", _note(stages)])
 
 
-def _rows(stages: Mapping[str, Summary]) -> list[list[str]]:
-    header = ["stage", "n", *(metric_label(name) for name in METRICS)]
+def _rows(stages: Mapping[str, Summary], heading: str) -> list[list[str]]:
+    header = [heading, "n", *(metric_label(name) for name in METRICS)]
     return [header, *([name, str(s.questions), *_cells(s.metrics)] for name, s in stages.items())]
 
 
