@@ -22,6 +22,7 @@ def test_a_new_run_holds_its_config(make, tmp_path):
 def test_a_run_resumes_with_the_same_config_and_may_change_how_it_is_watched(make):
     directory = open_run(make())
     assert open_run(make()) == directory
+    assert open_run(make("model.attention=xla", "run.samples_every=null")) == directory
     assert open_run(make("run.log_every=5", "run.keep=1", "run.resume=must", "model.remat=none")) == directory
 
 
