@@ -1,7 +1,8 @@
-"""Directories that appear whole or not at all (io)."""
+"""Files and directories that appear whole or not at all (io)."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,3 +34,19 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, and its folder where that is missing; an earlier one stays until then.
+
+    Raises:
+      InputError: the disk is full or read-only.
+    """
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        fix = "free space or choose another disk"
+        raise InputError(f"cannot write ({error.strerror})", file=path, fix=fix) from error

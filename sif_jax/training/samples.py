@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
+from sif_jax.atomic import write_text
 from sif_jax.config import GrpoConfig
 from sif_jax.data.feed import Feed
-from sif_jax.errors import InputError
 from sif_jax.rollout.engine import Rollout
 from sif_jax.sif.grammar import BoxDepth, parse
 from sif_jax.sif.prompts import user_text
@@ -50,7 +50,8 @@ class SampleLog:
             for group, (index, answers) in enumerate(zip(ids, _answers(rollout, feedback), strict=True))
             for answer in answers
         ]
-        _write(self._directory / f"step-{step}.jsonl", rows)
+        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        write_text(self._directory / f"step-{step}.jsonl", lines)
         if self._log.shows_pictures:
             shown = best_and_worst(rows)
             self._log.log_table(step, "rollouts", [_shown(row) for row in shown], [self._draw(row) for row in shown])
@@ -126,13 +127,3 @@ def _shown(row: Row) -> dict[str, str | float | None]:
         "judge": row["judge"],
         "advantage": row["advantage"],
     }
-
-
-def _write(path: Path, rows: Iterable[Row]) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        partial.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"cannot write ({error.strerror})", file=path, fix="free space, then resume the run") from None
