@@ -10,8 +10,9 @@ from flax import nnx
 
 from sif_jax.config import GrpoConfig
 from sif_jax.data.feed import open_feed
+from sif_jax.judge import completions as judging
 from sif_jax.rollout.sampling import sample_keys
-from sif_jax.training import feedback, grpo
+from sif_jax.training import grpo
 from sif_jax.training.checkpoint import Checkpoints
 from sif_jax.training.metrics import MetricsLog, read_metrics
 from sif_jax.training.policy import completion_logprobs
@@ -42,21 +43,21 @@ def judged(monkeypatch):
         calls.append(np.array([opinion(*pair) for pair in zip(completions, records, strict=True)]))
         return calls[-1]
 
-    monkeypatch.setattr(feedback, "judge_completions", judge)
+    monkeypatch.setattr(judging, "judge_completions", judge)
     return calls
 
 
 @pytest.fixture
 def visits(monkeypatch):
-    """(prompt ids, previous means, answer rewards) of every rollout."""
-    seen, original = [], grpo.judge_rollout
+    """(prompt ids, previous means, feedback) of every rollout."""
+    seen, original = [], grpo.reward_rollout
 
-    def watched(rollout, feed, ids, previous_means, processor, config):
-        result = original(rollout, feed, ids, previous_means, processor, config)
-        seen.append((ids, np.array(previous_means), result.scores.answer.reshape(rollout.lengths.shape)))
+    def watched(submitted, feed, previous_means, config):
+        result = original(submitted, feed, previous_means, config)
+        seen.append((submitted.indices[:: config.num_samples], np.array(previous_means), result))
         return result
 
-    monkeypatch.setattr(grpo, "judge_rollout", watched)
+    monkeypatch.setattr(grpo, "reward_rollout", watched)
     return seen
 
 
@@ -78,26 +79,19 @@ def test_a_step_makes_the_better_samples_likelier_and_the_worse_ones_less_likely
     rollout, features = grpo.sample(policy, (policy.trainable, policy.frozen), batch, keys, settings)
     shape = rollout.lengths.shape
     advantages = np.broadcast_to(np.array([1.0, 0.0, -1.0], np.float32), shape)
-    groups = grpo.Groups(
-        batch,
-        features,
-        rollout.ids,
-        rollout.logprobs,
-        jnp.arange(settings.max_new_tokens)[None, None] < rollout.lengths[..., None],
-        jnp.asarray(advantages),
-        jnp.ones(shape, bool),
-    )
-    reference = grpo.reference_policy(policy, settings)
+    completions = grpo.to_learn(batch, features, rollout, settings)
+    groups = grpo.Groups(completions, None, jnp.asarray(advantages), jnp.ones(shape, bool))
     gradients, sums = grpo.make_gradients(policy.graphdef, settings)(
-        None, policy.trainable, policy.frozen, reference, groups, jax.random.key(0)
+        None, policy.trainable, policy.frozen, groups, jax.random.key(0)
     )
-    assert float(sums.policy.clipped) == float(sums.policy.kl) == 0
+    gradients = jax.tree.map(lambda g: g / sums.policy.count, gradients)
+    assert float(sums.policy.ratio_max) == 1
 
     @jax.jit
     def likelihood(trainable):
         model = nnx.merge(policy.graphdef, trainable, policy.frozen, copy=True)
-        logprobs, _ = completion_logprobs(model, groups.batch, features, rollout.ids, temperature=1.0)
-        return jnp.sum(logprobs * groups.token_mask, axis=-1)
+        logprobs, _ = completion_logprobs(model, batch, features, completions.ids, temperature=1.0)
+        return jnp.sum(logprobs * completions.token_mask, axis=-1)
 
     stepped = jax.tree.map(lambda w, g: w - 0.05 * g, policy.trainable, gradients)
     gain = np.asarray(likelihood(stepped) - likelihood(policy.trainable))
@@ -153,14 +147,15 @@ EPOCHS = ["data.limit=4", "max_steps=3", "run.save_every=2"]  # every step visit
 def three_steps(tmp_path_factory):
     root = tmp_path_factory.mktemp("three")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feedback, "judge_completions", lambda *both: np.array([opinion(*x) for x in zip(*both)]))
+        patch.setattr(judging, "judge_completions", lambda *both: np.array([opinion(*x) for x in zip(*both)]))
         return train(root, *EPOCHS)
 
 
 def test_the_progress_bonus_compares_with_the_raw_mean_of_the_visit_before(tmp_path, judged, visits):
     train(tmp_path, *EPOCHS)
     before: dict[int, float] = {}
-    for scores, (ids, previous, answers) in zip(judged, visits, strict=True):
+    for scores, (ids, previous, feedback) in zip(judged, visits, strict=True):
+        answers = feedback.scores.answer.reshape(feedback.judged.shape)
         raw = scores.reshape(answers.shape)
         assert sorted(ids) == [0, 1, 2, 3]
         for row, prompt in enumerate(ids.tolist()):

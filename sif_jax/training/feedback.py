@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from sif_jax.config import GrpoConfig
 from sif_jax.data.feed import Feed
-from sif_jax.judge.completions import judge_completions
+from sif_jax.judge import Judge, Judged
 from sif_jax.models.qwen2_5_vl.chat import ChatProcessor
-from sif_jax.rewards import advantages, score
-from sif_jax.rewards.scoring import Scores
+from sif_jax.rewards.advantages import advantages
+from sif_jax.rewards.scoring import Scores, score
 from sif_jax.rollout.engine import Rollout
 from sif_jax.rollout.text import decode_rollout
 
@@ -20,13 +23,24 @@ TERMS = ("format", "answer", "bbox", "depth", "total")
 
 
 @dataclasses.dataclass(frozen=True)
+class Submitted:
+    """A rollout of P prompts × M samples that the judge is at work on; flat, prompt by prompt."""
+
+    completions: list[str]
+    indices: Int[np.ndarray, " completion"]  # each completion's record
+    judged: Future[Judged]
+
+
+@dataclasses.dataclass(frozen=True)
 class Feedback:
     """What a rollout of P prompts × M samples earned; scores are flat, prompt by prompt."""
 
     completions: list[str]
+    datasets: Sequence[str]  # of each prompt
     judged: Float[np.ndarray, "P M"]
     scores: Scores
     advantages: Float[np.ndarray, "P M"]
+    counters: Mapping[str, float]  # the judge's
 
     @property
     def group_means(self) -> Float[np.ndarray, " P"]:
@@ -34,42 +48,69 @@ class Feedback:
         return np.nanmean(self.judged, axis=1)
 
     def metrics(self) -> dict[str, float]:
-        """Means and mean within-group spread of each term, and how many groups and completions teach nothing."""
-        groups = self.judged.shape
+        """Means and within-group spreads over judged completions, and how many groups and completions teach nothing."""
+        groups, valid = self.judged.shape, self.scores.valid.reshape(self.judged.shape)
         values = {term: getattr(self.scores, term).reshape(groups) for term in TERMS}
+        by_dataset = {name: valid & (np.array(self.datasets) == name)[:, None] for name in sorted(set(self.datasets))}
         return (
-            {f"reward/{term}": float(value.mean()) for term, value in values.items()}
-            | {f"spread/{term}": float(value.std(axis=1).mean()) for term, value in values.items()}
+            {f"reward/{term}": _mean(value, valid) for term, value in values.items()}
+            | {f"spread/{term}": _spread(value, valid) for term, value in values.items()}
+            | {f"dataset/{name}": _mean(values["total"], where) for name, where in by_dataset.items()}
             | {
-                "groups_without_signal": float((values["total"].std(axis=1) == 0).mean()),
-                "masked": float(1 - self.scores.valid.mean()),
-                "hiou_last": float(self.scores.hiou_last.mean()),
-                "judge": float(np.nanmean(self.judged)),
+                "judge": _mean(self.judged, valid),
+                "hiou_last": _mean(self.scores.hiou_last.reshape(groups), valid),
+                "groups_without_signal": float((self.advantages == 0).all(axis=1).mean()),
+                "masked": float(1 - valid.mean()),
             }
+            | dict(self.counters)
         )
 
 
-def judge_rollout(
-    rollout: Rollout,
-    feed: Feed,
-    ids: Int[np.ndarray, " P"],
-    previous_means: Float[np.ndarray, " P"],
-    processor: ChatProcessor,
-    config: GrpoConfig,
-) -> Feedback:
-    """Decode, judge and score every completion against its prompt's record."""
-    groups = rollout.lengths.shape
+def _mean(values: Shaped[np.ndarray, "P M"], where: Bool[np.ndarray, "P M"]) -> float:
+    return float(values[where].mean()) if where.any() else math.nan
+
+
+def _spread(values: Shaped[np.ndarray, "P M"], valid: Bool[np.ndarray, "P M"]) -> float:
+    """Mean over groups of the standard deviation within the group."""
+    spreads = [group[judged].std() for group, judged in zip(values, valid, strict=True) if judged.any()]
+    return float(np.mean(spreads)) if spreads else math.nan
+
+
+def submit_rollout(
+    judge: Judge, rollout: Rollout, feed: Feed, ids: Int[np.ndarray, " P"], processor: ChatProcessor
+) -> Submitted:
+    """Decode the completions and give them to the judge, without waiting for it."""
     completions = decode_rollout(rollout, processor)
-    repeated = np.repeat(ids, groups[1])
-    records = [feed.records[index] for index in repeated]
-    judged = judge_completions(completions, records)
+    indices = np.repeat(ids, rollout.lengths.shape[1])
+    records = [feed.records[index] for index in indices]
+    return Submitted(completions, indices, judge.submit(completions, records, feed.file.image_root))
+
+
+def reward_rollout(
+    submitted: Submitted, feed: Feed, previous_means: Float[np.ndarray, " P"], config: GrpoConfig
+) -> Feedback:
+    """Wait for the judge, and score every completion against its prompt's record.
+
+    Raises:
+      JudgeStoppedError: judging cannot go on.
+    """
+    judged, counters = submitted.judged.result()
+    samples = config.num_samples
+    records = [feed.records[index] for index in submitted.indices]
     scores = score(
-        completions,
+        submitted.completions,
         records,
         judge_scores=judged,
-        previous_means=np.repeat(previous_means, groups[1]),
-        depth_maps=feed.depth_maps(repeated),
+        previous_means=np.repeat(previous_means, samples),
+        depth_maps=feed.depth_maps(submitted.indices),
         rewards=config.rewards,
     )
-    earned = advantages(scores, config.rewards, num_samples=groups[1], eps=config.advantage_eps)
-    return Feedback(completions, judged.reshape(groups), scores, earned)
+    earned = advantages(
+        scores,
+        config.rewards,
+        num_samples=samples,
+        eps=config.advantage_eps,
+        divide_by_std=config.objective.kind != "dr_grpo",
+    )
+    datasets = [record.dataset for record in records[::samples]]
+    return Feedback(submitted.completions, datasets, judged.reshape(-1, samples), scores, earned, counters)

@@ -1,13 +1,15 @@
 """GRPO-SIF: group-relative policy optimisation with the format, answer, box and depth rewards (io).
 
 The loop, as in the paper: prompts → N completions each → rewards → advantages within each group → clipped update with the
-KL to the policy that the run started from.
+KL to the policy that the run started from. While the judge is asked, the device computes that policy's log-probabilities.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,47 +17,68 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from sif_jax.config import GrpoConfig
 from sif_jax.data.feed import open_feed
+from sif_jax.judge import Judge, JudgeStoppedError, open_judge
 from sif_jax.models.qwen2_5_vl.model import Batch
 from sif_jax.parallel.mesh import data_mesh, replicate, shard_groups
 from sif_jax.progress import Progress
 from sif_jax.rollout.engine import Rollout, encode_images, generate
 from sif_jax.rollout.sampling import Sampling, sample_keys
 from sif_jax.training.checkpoint import Checkpoints
-from sif_jax.training.feedback import Feedback, judge_rollout
+from sif_jax.training.feedback import Feedback, reward_rollout, submit_rollout
 from sif_jax.training.metrics import MetricsLog
-from sif_jax.training.objective import PolicyLoss, grpo_loss
+from sif_jax.training.objective import PolicyLoss, policy_loss
 from sif_jax.training.optimizer import learning_rate, make_optimizer
 from sif_jax.training.policy import completion_logprobs
 from sif_jax.training.policy_files import Policy, check_finite, export_policy, open_policy
+from sif_jax.training.reference import Reference, reference_logprobs, reference_of
 from sif_jax.training.run_dir import open_run
+from sif_jax.training.samples import SampleLog
 from sif_jax.training.state import accumulate, from_zeros, initial_state, make_apply, num_steps
 
 
-class Groups(NamedTuple):
-    """Prompts with their completions, ready to learn from."""
+class Completions(NamedTuple):
+    """Prompts with what was sampled for them."""
 
     batch: Batch
     features: Shaped[Array, "P I D"] | None  # None: the vision tower learns too
     ids: Int[Array, "P M T"]
-    old_logprobs: Float[Array, "P M T"]
+    logprobs: Float[Array, "P M T"]  # the sampler's
     token_mask: Bool[Array, "P M T"]
+
+
+class Groups(NamedTuple):
+    """Completions, ready to learn from."""
+
+    completions: Completions
+    reference_logprobs: Float[Array, "P M T"] | None  # None: no KL
     advantages: Float[Array, "P M"]
     valid: Bool[Array, "P M"]
 
 
 class Sums(NamedTuple):
+    """Over the tokens that count in the loss."""
+
     policy: PolicyLoss
-    entropy: Float[Array, ""]  # nats, over tokens
-    tokens: Float[Array, ""]
+    entropy: Float[Array, ""]  # nats
+    sampler_gap: Float[Array, ""]  # |log-probability by the trainer - by the sampler|
+
+    def plus(self, other: Sums) -> Sums:
+        return Sums(self.policy.plus(other.policy), self.entropy + other.entropy, self.sampler_gap + other.sampler_gap)
 
 
 def train(config: GrpoConfig) -> Path:
     """Run one GRPO-SIF training, or resume it; its directory then holds checkpoints, metrics and the exported model."""
     directory, mesh = open_run(config), data_mesh()
+    with jax.set_mesh(mesh), closing(open_judge(config.judge)) as judge:
+        return _train(config, directory, mesh, judge)
+
+
+def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Path:
     policy = open_policy(config.model, lora=config.lora, freeze_vision=config.freeze_vision, seed=config.run.seed)
     feed = open_feed(
         config.data,
@@ -73,48 +96,70 @@ def train(config: GrpoConfig) -> Path:
     add_gradients = from_zeros(make_gradients(policy.graphdef, config), config.prompts_per_step // config.micro_batch)
     apply = make_apply(optimizer)
     state, frozen = replicate((initial_state(policy.trainable, optimizer), policy.frozen), mesh)
-    reference = replicate(reference_policy(policy, config), mesh)
+    reference = reference_of(policy.graphdef, state.trainable, frozen) if config.objective.kl_beta else None
     previous_means, start = np.full(len(feed.records), np.nan, np.float32), 0
     checkpoints = Checkpoints(directory / "checkpoints", config.run.keep)
     if checkpoints.latest() is not None:
         start, saved, host = checkpoints.restore(None, {"state": state, "previous_means": previous_means})
         state, previous_means = saved["state"], saved["previous_means"]
         feed.loader.set_state(host["loader"])
+        judge.set_state(host["judge"])
     log = MetricsLog(directory, start_step=start, tensorboard=config.run.tensorboard, wandb=config.run.wandb)
+    samples = SampleLog(directory, config, feed, log)
     progress = Progress("grpo", steps, start=start)
 
+    def save(step: int, loader: dict[str, int]) -> None:
+        arrays = {"state": state, "previous_means": previous_means}
+        checkpoints.save(step, arrays=arrays, host={"loader": loader, "judge": judge.state()})
+
     for step in range(start, steps):
-        began, prompts = time.monotonic(), next(feed.loader)
+        times, loader_before = [time.monotonic()], feed.loader.get_state()
+        prompts = next(feed.loader)
         ids = np.array([index for (index,) in prompts.records])
         keys = sample_keys(config.run.seed, step, ids, config.num_samples)
         batch, keys = shard_groups(prompts.arrays, keys, mesh)
         rollout, features = sample(policy, (state.trainable, frozen), batch, keys, config)
-        sampled = time.monotonic()
-        feedback = judge_rollout(rollout, feed, ids, previous_means[ids], policy.processor, config)
+        times.append(time.monotonic())
+
+        submitted = submit_rollout(judge, rollout, feed, ids, policy.processor)
+        completions = to_learn(batch, features, rollout, config)
+        reference_logps = refer(reference, completions, config)
+        try:
+            feedback = reward_rollout(submitted, feed, previous_means[ids], config)
+        except JudgeStoppedError:
+            if checkpoints.latest() != step:
+                save(step, loader_before)
+            raise
         previous_means[ids] = feedback.group_means
-        groups = to_learn(batch, features, rollout, feedback, config)
+        times.append(time.monotonic())
+
+        valid = jnp.asarray(feedback.scores.valid.reshape(rollout.lengths.shape))
+        groups = Groups(completions, reference_logps, jnp.asarray(feedback.advantages), valid)
+        updates = []
         for _ in range(config.updates_per_rollout):
             gathered: Any = None
             key = jax.random.fold_in(jax.random.key(config.run.seed), state.step)
-            for rows in split_rows(groups, config.micro_batch):
-                gathered = add_gradients(gathered, state.trainable, frozen, reference, rows, key)
+            for part, rows in enumerate(split_rows(groups, config.micro_batch)):
+                gathered = add_gradients(gathered, state.trainable, frozen, rows, jax.random.fold_in(key, part))
             gradients, sums = gathered
-            state, norm = apply(state, gradients, sums.policy.completions)
-        metrics = _metrics(feedback, rollout, sums) | {
+            state, norm = apply(state, gradients, sums.policy.count)
+            updates.append(sums)
+        jax.block_until_ready(state)
+        times.append(time.monotonic())
+
+        metrics = _metrics(feedback, rollout, updates, config) | {
             "grad_norm": float(norm),
             "learning_rate": float(jnp.asarray(rate(step * config.updates_per_rollout))),
             "padding/tokens": prompts.waste.tokens,
             "padding/patches": prompts.waste.patches,
-            "seconds/rollout": sampled - began,
-            "seconds/learn": time.monotonic() - sampled,
         }
         check_finite(metrics["loss"], step=step, file=directory)
+        samples.log(step, ids, rollout, feedback)
         if (step + 1) % config.run.log_every == 0:
-            log.log(step, metrics)
-        progress.advance(reward=metrics["reward/total"], kl=metrics["kl"])
+            log.log(step, metrics | _rates(times, int(rollout.lengths.sum())))
+        progress.advance(reward=metrics["reward/total"], length=metrics["completion_length"])
         if (step + 1) % config.run.save_every == 0 or step + 1 == steps:
-            arrays = {"state": state, "previous_means": previous_means}
-            checkpoints.save(step + 1, arrays=arrays, host={"loader": feed.loader.get_state()})
+            save(step + 1, feed.loader.get_state())
 
     for open_file in (log, progress, checkpoints):
         open_file.close()
@@ -141,77 +186,100 @@ def sample(
     return jax.block_until_ready(rollout), features
 
 
-def to_learn(batch: Batch, features: Array, rollout: Rollout, feedback: Feedback, config: GrpoConfig) -> Groups:
+def to_learn(batch: Batch, features: Array, rollout: Rollout, config: GrpoConfig) -> Completions:
     """Cut the rollout to the shortest of T, T/2, T/4 that holds every completion, so that few programs are compiled."""
     longest = int(rollout.lengths.max())
     length = min(size for size in (config.max_new_tokens // part for part in (4, 2, 1)) if size >= longest)
-    token_mask = jnp.arange(length)[None, None] < rollout.lengths[..., None]
-    return Groups(
+    return Completions(
         batch,
         features if config.freeze_vision else None,
         rollout.ids[..., :length],
         rollout.logprobs[..., :length],
-        token_mask,
-        jnp.asarray(feedback.advantages),
-        jnp.asarray(feedback.scores.valid.reshape(rollout.lengths.shape)),
+        jnp.arange(length)[None, None] < rollout.lengths[..., None],
     )
 
 
-def split_rows(groups: Groups, rows: int) -> list[Groups]:
+def split_rows(tree: Any, rows: int) -> list[Any]:
     """Micro-batches of `rows` prompts."""
-    count = len(groups.ids) // rows
-    return [jax.tree.map(lambda x, i=i: x[i * rows : (i + 1) * rows], groups) for i in range(count)]
+    count = len(jax.tree.leaves(tree)[0]) // rows
+    return [jax.tree.map(lambda x, i=i: x[i * rows : (i + 1) * rows], tree) for i in range(count)]
 
 
-def reference_policy(policy: Policy, config: GrpoConfig) -> nnx.State:
-    """The policy at the start of the run: adapters that do nothing, or without LoRA a copy of the trained weights."""
-    return jax.tree.map(jnp.zeros_like if config.lora else jnp.copy, policy.trainable)
+def refer(reference: Reference | None, completions: Completions, config: GrpoConfig) -> Float[Array, "P M T"] | None:
+    """What the reference policy says about the completions; returns before the device is done."""
+    if reference is None:
+        return None
+    parts = [
+        reference_logprobs(*reference, rows.batch, rows.features, rows.ids, temperature=config.temperature)
+        for rows in split_rows(completions, config.micro_batch)
+    ]
+    return jnp.concatenate(parts)
 
 
 def make_gradients(graphdef: nnx.GraphDef, config: GrpoConfig) -> Callable[..., Any]:
-    """(earlier or None, trainable, frozen, reference, groups, key) → (summed gradients, Sums)."""
+    """(earlier or None, trainable, frozen, groups, key) → (summed gradients, Sums)."""
+    on_policy = config.updates_per_rollout == 1
+    dropout = config.lora is not None and config.lora.dropout > 0
 
-    def logprobs_of(trainable: nnx.State, frozen: nnx.State, groups: Groups, key: Array | None):
-        model = nnx.merge(graphdef, trainable, frozen, copy=True)
-        return completion_logprobs(
-            model, groups.batch, groups.features, groups.ids, temperature=config.temperature, key=key
-        )
-
-    def gradients(
-        trainable: nnx.State, frozen: nnx.State, reference: nnx.State, groups: Groups, key: Array
-    ) -> tuple[nnx.State, Sums]:
-        reference_logprobs, _ = logprobs_of(reference, frozen, groups, None)
+    def gradients(trainable: nnx.State, frozen: nnx.State, groups: Groups, key: Array) -> tuple[nnx.State, Sums]:
+        sampled = groups.completions
 
         def loss(trainable: nnx.State) -> tuple[Array, Sums]:
-            dropout_key = key if config.lora and config.lora.dropout else None
-            logprobs, entropy = logprobs_of(trainable, frozen, groups, dropout_key)
-            on_policy = config.updates_per_rollout == 1
-            policy_loss = grpo_loss(
-                logprobs,
-                jax.lax.stop_gradient(logprobs) if on_policy else groups.old_logprobs,
-                jax.lax.stop_gradient(reference_logprobs),
-                groups.advantages,
-                groups.token_mask,
-                groups.valid,
-                clip_eps=config.objective.clip[0],
-                kl_beta=config.objective.kl_beta,
+            logprobs, entropy = completion_logprobs(
+                nnx.merge(graphdef, trainable, frozen, copy=True),
+                sampled.batch,
+                sampled.features,
+                sampled.ids,
+                temperature=config.temperature,
+                key=key if dropout else None,
             )
-            sums = Sums(policy_loss, jnp.sum(entropy * groups.token_mask), groups.token_mask.sum().astype(jnp.float32))
-            return policy_loss.loss, sums
+            constant = jax.lax.stop_gradient(logprobs)
+            policy = policy_loss(
+                logprobs,
+                constant if on_policy else sampled.logprobs,
+                groups.reference_logprobs,
+                groups.advantages,
+                sampled.token_mask,
+                groups.valid,
+                objective=config.objective,
+                max_new_tokens=config.max_new_tokens,
+            )
+            counted = sampled.token_mask & groups.valid[..., None]
+            gap = jnp.abs(constant - sampled.logprobs)
+            return policy.loss, Sums(policy, jnp.sum(entropy * counted), jnp.sum(gap * counted))
 
         (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
         return gradients, sums
 
-    return accumulate(gradients)
+    return accumulate(gradients, plus=Sums.plus)
 
 
-def _metrics(feedback: Feedback, rollout: Rollout, sums: Sums) -> dict[str, float]:
-    completions = float(sums.policy.completions)
-    return feedback.metrics() | {
-        "loss": float(sums.policy.loss) / max(completions, 1),
-        "kl": float(sums.policy.kl) / max(completions, 1),
-        "clip_fraction": float(sums.policy.clipped) / max(completions, 1),
-        "entropy": float(sums.entropy) / float(sums.tokens),
-        "completion_length": float(rollout.lengths.mean()),
-        "truncated": float(1 - rollout.finished.mean()),
+def _metrics(feedback: Feedback, rollout: Rollout, updates: Sequence[Sums], config: GrpoConfig) -> dict[str, float]:
+    """The table in docs/grpo.md; of several updates on one rollout, their means."""
+    first, all_sums = updates[0], reduce(Sums.plus, updates)
+    policy, tokens = all_sums.policy, max(float(all_sums.policy.tokens), 1)
+    low, high = float(policy.clipped_low) / tokens, float(policy.clipped_high) / tokens
+    return (
+        feedback.metrics()
+        | ({"kl": float(policy.kl) / tokens} if config.objective.kl_beta else {})
+        | {
+            "loss": float(policy.loss) / max(float(policy.count), 1),
+            "clip_fraction": low + high,
+            "clip_fraction_low": low,
+            "clip_fraction_high": high,
+            "ratio_mean": float(policy.ratio) / tokens,
+            "ratio_max": float(policy.ratio_max),
+            "sampler_gap": float(first.sampler_gap) / max(float(first.policy.tokens), 1),
+            "entropy": float(all_sums.entropy) / tokens,
+            "completion_length": float(rollout.lengths.mean()),
+            "completion_length_max": float(rollout.lengths.max()),
+            "truncated": float(1 - rollout.finished.mean()),
+        }
+    )
+
+
+def _rates(times: Sequence[float], tokens: int) -> dict[str, float]:
+    seconds = dict(zip(("rollout", "judge", "learn"), np.diff(times), strict=True))
+    return {f"seconds/{phase}": float(spent) for phase, spent in seconds.items()} | {
+        f"tokens_per_second/{phase}": tokens / float(spent) for phase, spent in seconds.items()
     }

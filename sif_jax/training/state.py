@@ -36,12 +36,23 @@ def make_apply(
     return jax.jit(apply, donate_argnums=0)
 
 
-def accumulate(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-    """Of a function that returns (gradients, sums): one jitted function that adds them to earlier ones (None at first)."""
+def add_trees(one: Any, other: Any) -> Any:
+    return jax.tree.map(jnp.add, one, other)
+
+
+def accumulate(
+    function: Callable[..., tuple[Any, Any]], plus: Callable[[Any, Any], Any] = add_trees
+) -> Callable[..., tuple[Any, Any]]:
+    """Of a function that returns (gradients, sums): one jitted function that adds them to earlier ones (None at first).
+
+    `plus` adds the sums; zeros must be neutral to it.
+    """
 
     def added(earlier: Any, *args: Any) -> tuple[Any, Any]:
-        now = function(*args)
-        return now if earlier is None else jax.tree.map(jnp.add, earlier, now)
+        gradients, sums = function(*args)
+        if earlier is None:
+            return gradients, sums
+        return add_trees(earlier[0], gradients), plus(earlier[1], sums)
 
     return jax.jit(added, donate_argnums=0)
 

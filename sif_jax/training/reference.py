@@ -1,0 +1,47 @@
+"""The policy that a run started from, which the KL holds it to (pure).
+
+Adapters are switched off: the base model is another graph over the frozen weights that the policy holds already. Only a
+full fine-tune, which has no such base, keeps a copy of the weights it trains.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Shaped
+
+from sif_jax.models.qwen2_5_vl.lora import linear_layers, lora_of
+from sif_jax.models.qwen2_5_vl.model import Batch, Qwen2_5_VL
+from sif_jax.training.policy import completion_logprobs
+
+
+class Reference(NamedTuple):
+    graphdef: nnx.GraphDef
+    states: tuple[nnx.State, ...]
+
+
+def reference_of(graphdef: nnx.GraphDef, trainable: nnx.State, frozen: nnx.State) -> Reference:
+    """The policy as it is now, or its base where `trainable` are adapters."""
+    model: Qwen2_5_VL = nnx.merge(graphdef, trainable, frozen, copy=True)
+    if not lora_of(model).factors:
+        return Reference(graphdef, (jax.tree.map(jnp.copy, trainable), frozen))
+    for layer in linear_layers(model).values():
+        layer.lora_a = layer.lora_b = nnx.data(None)
+    return Reference(nnx.graphdef(model), (frozen,))
+
+
+@partial(jax.jit, static_argnames=("graphdef", "temperature"))
+def reference_logprobs(
+    graphdef: nnx.GraphDef,
+    states: tuple[nnx.State, ...],
+    batch: Batch,
+    features: Shaped[Array, "P I D"] | None,
+    ids: Int[Array, "P M T"],
+    *,
+    temperature: float,
+) -> Float[Array, "P M T"]:
+    return completion_logprobs(nnx.merge(graphdef, *states), batch, features, ids, temperature=temperature)[0]
