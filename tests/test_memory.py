@@ -13,6 +13,7 @@ from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from sif_jax.rollout.engine import encode_images, generate
 from sif_jax.rollout.sampling import Sampling, sample_keys
 from sif_jax.training import grpo, sft
+from sif_jax.training.reference import reference_logprobs
 from tests.architectures import tiny_architecture
 
 ROWS, TOKENS, VOCAB = 2, 512, 32768
@@ -77,17 +78,15 @@ def test_a_grpo_step_never_holds_all_logits(measured):
     )
     tokens = jax.ShapeDtypeStruct((ROWS, SAMPLES, COMPLETION), jnp.float32)
     each = jax.ShapeDtypeStruct((ROWS, SAMPLES), jnp.float32)
+    features = jax.eval_shape(encode_images_of(graphdef), (trainable, frozen), batch())
+    ids, mask = tokens.update(dtype=jnp.int32), tokens.update(dtype=jnp.bool_)
     groups = grpo.Groups(
-        batch(),
-        jax.eval_shape(encode_images_of(graphdef), (trainable, frozen), batch()),
-        tokens.update(dtype=jnp.int32),
-        tokens,
-        tokens.update(dtype=jnp.bool_),
-        each,
-        each.update(dtype=jnp.bool_),
+        grpo.Completions(batch(), features, ids, tokens, mask), tokens, each, each.update(dtype=jnp.bool_)
     )
-    program = grpo.make_gradients(graphdef, settings).lower(None, trainable, frozen, trainable, groups, key())
+    program = grpo.make_gradients(graphdef, settings).lower(None, trainable, frozen, groups, key())
     assert_no_whole_logits(program.compile(), "GRPO step", measured)
+    reference = reference_logprobs.lower(graphdef, (trainable, frozen), batch(), features, ids, temperature=1.0)
+    assert_no_whole_logits(reference.compile(), "log-probabilities of the reference", measured)
 
 
 def encode_images_of(graphdef):
