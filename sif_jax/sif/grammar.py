@@ -13,12 +13,14 @@ import enum
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sif_jax.sif.boxes import Box
 
 MAX_CHARS = 200_000
+MAX_TAGS = 256
 MAX_AREA_CHARS = 20_000
 _MAX_NESTING = 4
 _DECIMALS = 3
@@ -39,7 +41,7 @@ class Step:
 
 
 class Problem(enum.Enum):
-    TOO_LONG = "the trace or an area is too long"
+    TOO_LONG = "the trace or an area is too long, or the trace has too many tags"
     MISSING_TAG = "the trace ends too early"
     UNEXPECTED_TAG = "a tag stands where another must"
     UNCLOSED_TAG = "a tag is not closed"
@@ -62,9 +64,8 @@ class Problem(enum.Enum):
     TOO_MANY_DECIMALS = "a number has more than three decimals or an exponent"
 
 
-@dataclasses.dataclass(frozen=True)
-class Violation:
-    """A problem and the character it is found at; for the contents of an area, the area's first character."""
+class Violation(NamedTuple):
+    """A problem and the character it is found at; for the contents of an area, once and at the area's first character."""
 
     problem: Problem
     position: int
@@ -94,11 +95,14 @@ def parse(text: str) -> Trace:
     """The trace in any string; never raises.
 
     A box is read when it is four finite numbers in [0, 1] that are not inverted. The first answer counts; an answer
-    that the end of the text cuts off is read and is a violation.
+    that the end of the text cuts off is read and is a violation. Nothing is read beyond `MAX_CHARS` characters or
+    `MAX_TAGS` tags, nor in an area of more than `MAX_AREA_CHARS`, so that hostile text costs milliseconds.
     """
-    violations = [Violation(Problem.TOO_LONG, MAX_CHARS)] if len(text) > MAX_CHARS else []
-    text = text[:MAX_CHARS]
-    boundaries = [_START, *_tags(text), _Tag(_END, len(text), len(text))]
+    tags = list(itertools.islice(_tags(text[:MAX_CHARS]), MAX_TAGS + 1))
+    end = tags.pop().start if len(tags) > MAX_TAGS else min(len(text), MAX_CHARS)
+    violations = [Violation(Problem.TOO_LONG, end)] if end < len(text) else []
+    text = text[:end]
+    boundaries = [_START, *tags, _Tag(_END, end, end)]
     steps: list[Step] = []
     answer = None
     for tag, following in itertools.pairwise(boundaries):
@@ -107,7 +111,7 @@ def parse(text: str) -> Trace:
         match tag.name:
             case "<area>":
                 boxes, problems = _read_area(text[tag.end : following.start])
-                violations += [Violation(problem, tag.end) for problem in problems]
+                violations += [Violation(problem, tag.end) for problem in dict.fromkeys(problems)]
                 steps.append(Step(boxes, ""))
             case "<text>" if steps and not steps[-1].text:
                 steps[-1] = dataclasses.replace(steps[-1], text=body)
@@ -138,8 +142,7 @@ def _thousandths(low: float, high: float) -> tuple[float, float]:
     return (low, low + 0.001) if low < 1 else (0.999, 1.0)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Tag:
+class _Tag(NamedTuple):
     name: str
     start: int
     end: int
@@ -158,19 +161,14 @@ _FOLLOWERS = {
     "<answer>": ("</answer>",),
     "</answer>": (_END,),
 }
-_TAGS = tuple(name for name in _FOLLOWERS if name != _BEGIN)
+_TAG = re.compile("|".join(name for name in _FOLLOWERS if name != _BEGIN))
 _EMPTY_BODY = {"<text>": Problem.EMPTY_TEXT, "<answer>": Problem.EMPTY_ANSWER}
 _WITH_BODY = ("<area>", *_EMPTY_BODY)
 
 
 def _tags(text: str) -> Iterator[_Tag]:
-    start = text.find("<")
-    while start >= 0:
-        name = next((name for name in _TAGS if text.startswith(name, start)), None)
-        end = start + len(name or "<")
-        if name is not None:
-            yield _Tag(name, start, end)
-        start = text.find("<", end)
+    for match in _TAG.finditer(text):
+        yield _Tag(match[0], match.start(), match.end())
 
 
 def _structure_violations(tag: _Tag, following: _Tag, text: str) -> Iterator[Violation]:
@@ -192,25 +190,24 @@ def _misplacement(tag: _Tag, following: _Tag) -> Problem:
     return Problem.MISSING_TAG if following.name == _END else Problem.UNEXPECTED_TAG
 
 
-class _Number(float):
-    """A JSON number that remembers whether it was written in at most three decimals."""
+class _Literal(str):
+    """A JSON number as it was written."""
 
-    plain: bool
 
-    def __new__(cls, literal: str) -> _Number:
-        number = super().__new__(cls, literal)
-        number.plain = len(literal.partition(".")[2]) <= _DECIMALS and "e" not in literal.lower()
-        return number
+_PLAIN = re.compile(r"-?\d+(?:\.\d{1,3})?")
+# Objects become tuples of pairs, which keeps repeated keys and tells them from lists.
+_JSON = json.JSONDecoder(parse_float=_Literal, parse_int=_Literal, parse_constant=_Literal, object_pairs_hook=tuple)
+_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?')
+_BRACKET = re.compile(r"[\[\]{}]")
 
 
 def _read_area(body: str) -> tuple[tuple[BoxDepth, ...], list[Problem]]:
     if len(body) > MAX_AREA_CHARS:
         return (), [Problem.TOO_LONG]
-    if _nesting(body) > _MAX_NESTING:
+    if _is_nested_deeply(body):
         return (), [Problem.AREA_NOT_JSON]
     try:
-        # Objects become tuples of pairs, which keeps repeated keys and tells them from lists.
-        area = json.loads(body, parse_float=_Number, parse_int=_Number, parse_constant=_Number, object_pairs_hook=tuple)
+        area = _JSON.decode(body)
     except ValueError:
         return (), [Problem.AREA_NOT_JSON]
     if not isinstance(area, list):
@@ -222,12 +219,14 @@ def _read_area(body: str) -> tuple[tuple[BoxDepth, ...], list[Problem]]:
     return tuple(box for box in boxes if box is not None), problems
 
 
-def _nesting(body: str) -> int:
-    depth = deepest = 0
-    for character in body:
-        depth += (character in "[{") - (character in "]}")
-        deepest = max(deepest, depth)
-    return deepest
+def _is_nested_deeply(body: str) -> bool:
+    """Whether brackets, those inside strings left out, are nested deeper than any item of an area is."""
+    depth = 0
+    for bracket in _BRACKET.findall(_STRING.sub("", body)):
+        depth += 1 if bracket in "[{" else -1
+        if depth > _MAX_NESTING:
+            return True
+    return False
 
 
 def _read_item(item: Any, problems: list[Problem]) -> BoxDepth | None:
@@ -235,10 +234,10 @@ def _read_item(item: Any, problems: list[Problem]) -> BoxDepth | None:
         problems.append(Problem.ITEM_NOT_OBJECT)
         return None
     values = dict(item)
-    missing = {"bbox_2d", "depth"} - values.keys()
-    if missing:
+    known = ("bbox_2d" in values) + ("depth" in values)
+    if known < 2:
         problems.append(Problem.MISSING_KEY)
-    if len(item) > 2 - len(missing):
+    if known < len(item):
         problems.append(Problem.EXTRA_KEY)
     depth = _read_depth(values["depth"], problems) if "depth" in values else math.nan
     box = _read_box(values["bbox_2d"], problems) if "bbox_2d" in values else None
@@ -249,24 +248,26 @@ def _read_depth(value: Any, problems: list[Problem]) -> float:
     if isinstance(value, bool):
         problems.append(Problem.DEPTH_IS_BOOLEAN)
         return math.nan
-    if not _is_finite_number(value):
+    depth = _to_float(value)
+    if not math.isfinite(depth):
         problems.append(Problem.DEPTH_NOT_NUMBER)
         return math.nan
-    if not 0 <= value <= 1:
+    if not 0 <= depth <= 1:
         problems.append(Problem.DEPTH_OUTSIDE)
-    if not value.plain:
+    if not _PLAIN.fullmatch(value):
         problems.append(Problem.TOO_MANY_DECIMALS)
-    return float(value)
+    return depth
 
 
 def _read_box(value: Any, problems: list[Problem]) -> Box | None:
-    if not (isinstance(value, list) and len(value) == 4 and all(map(_is_finite_number, value))):
+    numbers = [_to_float(item) for item in value] if isinstance(value, list) and len(value) == 4 else [math.nan]
+    if not all(map(math.isfinite, numbers)):
         problems.append(Problem.BOX_NOT_FOUR_NUMBERS)
         return None
-    x1, y1, x2, y2 = (float(v) for v in value)
-    if not all(v.plain for v in value):
+    x1, y1, x2, y2 = numbers
+    if not all(map(_PLAIN.fullmatch, value)):
         problems.append(Problem.TOO_MANY_DECIMALS)
-    if not all(0 <= v <= 1 for v in value):
+    if min(numbers) < 0 or max(numbers) > 1:
         problems.append(Problem.BOX_OUTSIDE)
         return None
     if x2 <= x1 or y2 <= y1:
@@ -275,5 +276,5 @@ def _read_box(value: Any, problems: list[Problem]) -> Box | None:
     return x1, y1, x2, y2
 
 
-def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, _Number) and math.isfinite(value)
+def _to_float(value: Any) -> float:
+    return float(value) if isinstance(value, _Literal) else math.nan
