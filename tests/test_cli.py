@@ -19,7 +19,10 @@ from sif_jax.config import GenerateConfig, SftConfig, describe, load_config
 from sif_jax.errors import InputError
 from tests.conftest import ROOT
 
-COMMANDS = ["demo", "sft", "grpo", "eval", "generate", "data build", "data check"]
+COMMANDS = [
+    *("demo", "sft", "grpo", "eval", "generate", "export", "ablate", "data build", "data check"),
+    *("bench remat", "bench precision", "bench rewards"),
+]
 SFT = ["run.name=x", "model.path=m", "data.path=d", "optimizer.learning_rate=1e-4"]
 TRACE = (
     '<think><area>[{"bbox_2d":[0.000,0.000,1.000,1.000],"depth":0.500}]</area><text>all</text></think>'
