@@ -22,7 +22,7 @@ from sif_jax.report.curves import MAX_POINTS, Curve, read_curves
 from sif_jax.report.images import MAX_SIDE, embed
 from sif_jax.report.markup import element
 from sif_jax.report.page import write_report
-from sif_jax.report.samples import choose, read_samples
+from sif_jax.report.samples import choose, choose_steps, read_samples
 from sif_jax.report.stages import Stage
 from sif_jax.sif.depth_codec import encode_depth
 from sif_jax.sif.grammar import BoxDepth, Step, render
@@ -261,6 +261,62 @@ def test_a_trace_shows_its_area_the_gold_box_and_the_claimed_beside_the_true_dep
         "box 2: depth 0.900, true 0.749  ✗",
     ]
     assert "Violations: " not in page.texts
+
+
+def write_groups(run: Path, step: int, totals: list[list[float | None]]) -> None:
+    """A step of a training: one group per list, the completions named after their group and number."""
+    (run / "samples").mkdir(exist_ok=True)
+    (run / "metrics.jsonl").write_text('{"step": 0, "kl": 0.1}\n')
+    rows = []
+    for group, of_group in enumerate(totals):
+        for number, total in enumerate(of_group):
+            place = {"group": group, "sample": number, "advantage": 0.0 if total is None else total - 1}
+            text = render([Step((BoxDepth((0.0, 0.0, 1.0, 1.0), 0.5),), f"step {step} text {group}{number}")], "a")
+            row = question(text, image="../image.png", depth_image="../depth.png") | place
+            rows.append(row | {"scores": row["scores"] | {"total": total, "answer": total}})
+    path = run / "samples" / f"step-{step}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_completions_of_a_training_are_shown_by_step_with_their_best_and_worst_traces(trace_folder):
+    write_groups(trace_folder, 0, [[1.0, 1.5, 1.0], [0.0, 2.0, None], [1.0, 1.0, 1.0]])
+    for step in (4, 9, 14, 19, 24):
+        write_groups(trace_folder, step, [[0.5, 3.5, 2.0]])
+    stages = [Stage("GRPO", trace_folder / "metrics.jsonl", None)]
+    write_report(trace_folder / "report.html", title="T", facts=FACTS, stages=stages)
+    page = Page((trace_folder / "report.html").read_text(encoding="utf-8"))
+    assert "Completions while training: GRPO" in page.texts
+    assert [text for text in page.texts if re.fullmatch(r"step \d+", text)] == [
+        "step 0",
+        "step 9",
+        "step 14",
+        "step 24",
+    ]
+    shown = [text for text in page.texts if re.fullmatch(r"step \d+ text \d\d", text)]
+    assert shown[:4] == ["step 0 text 11", "step 0 text 10", "step 0 text 01", "step 0 text 02"]
+    assert shown[4:6] == ["step 9 text 01", "step 9 text 00"]
+    assert page.texts.count("widest spread of rewards") == 4
+    assert page.texts.count("median spread of rewards") == 1
+    assert "2, advantage +1.00" in page.texts
+    assert "1, advantage −1.00" in page.texts
+    assert "3, advantage +0.00" in page.texts  # not judged: a row of dashes, no trace
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+
+
+def test_a_group_that_no_judge_scored_is_shown_without_a_trace(trace_folder):
+    write_groups(trace_folder, 3, [[None, None]])
+    write_report(
+        trace_folder / "report.html", title="T", facts={}, stages=[Stage("G", trace_folder / "metrics.jsonl", None)]
+    )
+    page = Page((trace_folder / "report.html").read_text(encoding="utf-8"))
+    assert "step 3" in page.texts
+    assert "step 3 text 00" not in page.texts
+
+
+@pytest.mark.parametrize(("steps", "chosen"), [([], []), ([7], [7]), ([0, 9, 10, 100, 2], [0, 2, 10, 100])])
+def test_the_first_and_the_last_step_are_shown_in_order_of_number(steps, chosen):
+    assert list(choose_steps([Path(f"samples/step-{step}.jsonl") for step in steps])) == chosen
 
 
 def test_markup_in_everything_that_a_model_or_a_file_says_stays_text(trace_folder):

@@ -13,7 +13,7 @@ from sif_jax.data.feed import Feed, open_feed
 from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.checkpoint import open_processor
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
-from sif_jax.report.samples import read_samples
+from sif_jax.report.samples import read_groups
 from sif_jax.rewards import score
 from sif_jax.rollout.engine import Rollout
 from sif_jax.sif.grammar import BoxDepth, Step, parse, render
@@ -80,15 +80,19 @@ def test_the_first_step_and_every_third_are_written_one_line_per_completion(tmp_
     assert first["areas"] == [[{"bbox_2d": [0.1, 0.1, 0.5, 0.5], "depth": 0.25}]]
     assert (first["completion"], first["judge"], first["advantage"], first["finish_reason"]) == (GOOD, 1, 1, "stop")
     assert first["scores"]["format"] == 1
-    assert (cut["finish_reason"], cut["areas"], unjudged["judge"]) == ("length", [], None)
+    assert (cut["finish_reason"], cut["areas"], cut["scores"]["total"]) == ("length", [], 0)
+    assert (unjudged["judge"], unjudged["scores"]["answer"], unjudged["scores"]["total"]) == (None, None, None)
     assert (files[1].parent / first["image"]).resolve() == (feed.file.image_root / record.image).resolve()
 
 
 def test_a_line_is_also_a_sample_of_the_report(tmp_path, config, feed):
     (file,) = logged(tmp_path, config, feed, 0)
-    samples = read_samples(file)
-    assert list(samples) == ["4", "2"]
-    assert samples["4"].image.is_file()
+    groups = read_groups(file)
+    assert [(attempt.id, attempt.sample) for group in groups for attempt in group] == [
+        *(("4", sample) for sample in range(3)),
+        *(("2", sample) for sample in range(3)),
+    ]
+    assert groups[0][0].image.is_file()
 
 
 def test_a_step_that_a_resumed_run_repeats_replaces_its_file(tmp_path, config, feed):

@@ -10,7 +10,7 @@ from sif_jax.errors import InputError
 from sif_jax.report import sections
 from sif_jax.report.curves import read_curves
 from sif_jax.report.markup import Markup, element, join
-from sif_jax.report.samples import Sample, choose, read_samples
+from sif_jax.report.samples import Sample, choose, choose_steps, read_groups, read_samples
 from sif_jax.report.stages import Stage, stage_colours
 from sif_jax.report.style import STYLE
 
@@ -44,6 +44,10 @@ def write_report(
     for stage in stages:
         if stage.metrics_path:
             parts.append(sections.training(stage.name, read_curves(stage.metrics_path), colours[stage.name]))
+    for number, stage in enumerate(stages):
+        if chosen_steps := choose_steps(stage.sample_paths()):
+            groups = {step: read_groups(path) for step, path in chosen_steps.items()}
+            parts.append(sections.rollouts(stage.name, f"rollout-{number}", groups))
     held_out = {stage.name: read_samples(stage.samples_path) for stage in stages if stage.samples_path}
     if held_out:
         chosen = dict(list(choose(_last(held_out)).items())[:MAX_QUESTIONS])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sif_jax.report.charts import curve_chart, family_bars, interval_strip
 from sif_jax.report.curves import Curve
 from sif_jax.report.markup import Markup, element
-from sif_jax.report.samples import Sample
-from sif_jax.report.stages import decimals, metric_label, stage_label
+from sif_jax.report.samples import Attempt, Sample, choose_groups
+from sif_jax.report.stages import GAIN, LOSS, NEUTRAL, decimals, metric_label, signed, stage_label
 from sif_jax.report.traces import question_card
 
 # Names and units of the curves that are shown first; any other key of a metrics file follows, folded.
@@ -29,6 +29,14 @@ CURVES = {
     "clip_fraction": ("clipped tokens", "fraction"),
     "completion_length": ("completion length", "tokens"),
 }
+
+LEGEND = element(
+    "p",
+    element("span", element("i", class_="key area-key"), "area that the model looks at"),
+    element("span", element("i", class_="key gold-key"), "gold box"),
+    element("span", "depth: 0 is near, 1 is far; true is the mean of the depth map inside the box; ✓ within 10 %"),
+    class_="legend",
+)
 
 Summary = Mapping[str, Any]
 Colours = Mapping[str, str]
@@ -88,18 +96,32 @@ def traces(
     for number, (question, reason) in enumerate(chosen.items()):
         answers = {stage: by_id[question] for stage, by_id in samples.items() if question in by_id}
         cards.append(question_card(f"{key}-{number}", reason, answers, colours))
-    legend = element(
-        "p",
-        element("span", element("i", class_="key area-key"), "area that the model looks at"),
-        element("span", element("i", class_="key gold-key"), "gold box"),
-        element("span", "depth: 0 is near, 1 is far; true is the mean of the depth map inside the box; ✓ within 10 %"),
-        class_="legend",
-    )
     note = (
         "Each trace reads from left to right: where the model looks and what it says there. "
         "HIoU: of the first area that is not the whole image → of the last area."
     )
-    return _section(heading, note, legend, *cards)
+    return _section(heading, note, LEGEND, *cards)
+
+
+def rollouts(stage: str, key: str, steps: Mapping[int, Sequence[Sequence[Attempt]]]) -> Markup:
+    """Groups of completions at a few steps of a training: every reward of the group, its best and its worst trace."""
+    parts: list[Markup] = []
+    for step, groups in steps.items():
+        parts.append(element("h3", f"step {step}"))
+        for number, (reason, group) in enumerate(choose_groups(groups).items()):
+            parts.append(_group_card(f"{key}-{step}-{number}", reason, group))
+    note = (
+        "What the policy sampled for one prompt, highest reward first. Completions above the mean of their group are "
+        "reinforced (blue), those below it are weakened (orange). The traces are those of the highest and the lowest reward."
+    )
+    return _section(f"Completions while training: {stage}", note, LEGEND, *parts)
+
+
+def _group_card(key: str, reason: str, group: Sequence[Attempt]) -> Markup:
+    answers = {f"{a.sample + 1}, advantage {signed(a.advantage)}": a for a in group}
+    colours = {label: GAIN if a.advantage > 0 else LOSS if a.advantage < 0 else NEUTRAL for label, a in answers.items()}
+    judged = [label for label, a in answers.items() if a.scores["total"] is not None]
+    return question_card(key, reason, answers, colours, traced={*judged[:1], *judged[-1:]})
 
 
 def _section(heading: str, note: str, *children: str) -> Markup:

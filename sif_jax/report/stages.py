@@ -13,15 +13,20 @@ from sif_jax.report.markup import Markup, element, join
 
 # Okabe and Ito's palette, told apart with any colour vision; grey is the stage before training.
 STAGE_COLOURS = ("#7a828c", "#0072b2", "#d55e00", "#009e73", "#cc79a7")
+GAIN, LOSS, NEUTRAL = "#0072b2", "#d55e00", "#7a828c"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of the comparison. `summary.json` stands beside the samples, as the evaluation writes it."""
+    """A row of the comparison: the metrics of its training, and the samples with their `summary.json` of its evaluation."""
 
     name: str
     metrics_path: Path | None
     samples_path: Path | None
+
+    def sample_paths(self) -> list[Path]:
+        """What GRPO wrote beside its metrics, if this stage is one."""
+        return sorted((self.metrics_path.parent / "samples").glob("step-*.jsonl")) if self.metrics_path else []
 
     def summary(self) -> dict[str, Any] | None:
         """None for a stage that was not evaluated.
@@ -51,3 +56,7 @@ def metric_label(name: str) -> str:
 
 def decimals(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}".replace("-", "−")
+
+
+def signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")

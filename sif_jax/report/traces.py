@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan
 
@@ -60,8 +60,17 @@ class Canvas:
         return {"x": x1 * width, "y": y1 * height, "width": (x2 - x1) * width, "height": (y2 - y1) * height}
 
 
-def question_card(key: str, reason: str, answers: Mapping[str, Sample], colours: Mapping[str, str]) -> Markup:
-    """The card of one question; `answers` holds its sample per stage, `key` is unique in the page."""
+def question_card(
+    key: str,
+    reason: str,
+    answers: Mapping[str, Sample],
+    colours: Mapping[str, str],
+    traced: Collection[str] | None = None,
+) -> Markup:
+    """The card of one question; `answers` holds its sample per stage, `key` is unique in the page.
+
+    Every answer has a row of scores; those in `traced`, or all, also show their trace.
+    """
     question = next(iter(answers.values()))
     image = Canvas(f"{key}-image", read_picture(question.image))
     depth_norm = read_depth(question.depth_image) if question.depth_image else None
@@ -72,7 +81,8 @@ def question_card(key: str, reason: str, answers: Mapping[str, Sample], colours:
         element("div", *_inputs(key, image, question), _scores(answers, colours), class_="inputs"),
     ]
     for stage, sample in answers.items():
-        parts.append(_stage_trace(stage_label(stage, colours), image, sample, depth_norm))
+        if traced is None or stage in traced:
+            parts.append(_stage_trace(stage_label(stage, colours), image, sample, depth_norm))
     return element("article", *parts)
 
 

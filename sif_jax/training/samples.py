@@ -1,7 +1,7 @@
 """What a policy writes, step by step: samples/step-N.jsonl, and a few traces drawn for whoever watches the run (io).
 
 One line per completion: the fields of an evaluation's samples, and `step`, `group` (the prompt's place in the step),
-`prompt`, `sample`, `areas` and `advantage`. A judgement that failed is null; its completion teaches nothing.
+`prompt`, `sample`, `areas` and `advantage`. What a judgement that failed leaves unknown is null.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from sif_jax.training.metrics import MetricsLog
 from sif_jax.training.trace_picture import draw_trace
 
 SCORES = ("format", "answer", "bbox", "depth", "total", "hiou_first", "hiou_last", "hiou_gain", "depth_consistency")
+JUDGED = ("answer", "total")
 SHOWN = ("format", "answer", "bbox", "depth", "total")
 GROUPS_SHOWN = 4  # of each, the best and the worst completion are drawn
 
@@ -89,13 +90,15 @@ def _answers(rollout: Rollout, feedback: Feedback) -> list[list[dict[str, Any]]]
     finished = np.asarray(rollout.finished)
     prompts, samples = finished.shape
     scores = {term: getattr(feedback.scores, term).reshape(prompts, samples) for term in SCORES}
+    for term in JUDGED:
+        scores[term] = np.where(np.isfinite(feedback.judged), scores[term], np.nan)
     return [
         [
             {
                 "sample": sample,
                 "completion": feedback.completions[prompt * samples + sample],
                 "areas": _areas(feedback.completions[prompt * samples + sample]),
-                "scores": {term: float(values[prompt, sample]) for term, values in scores.items()},
+                "scores": {term: _finite(values[prompt, sample]) for term, values in scores.items()},
                 "judge": _finite(feedback.judged[prompt, sample]),
                 "advantage": float(feedback.advantages[prompt, sample]),
                 "finish_reason": "stop" if finished[prompt, sample] else "length",
