@@ -24,10 +24,16 @@ CURVES = {
     "reward/answer": ("answer reward", "batch mean"),
     "reward/bbox": ("box reward", "batch mean"),
     "reward/depth": ("depth reward", "batch mean"),
+    "spread/total": ("spread of the reward", "deviation within groups"),
+    "hiou_last": ("HIoU of the last area", "batch mean"),
+    "groups_without_signal": ("groups without signal", "fraction"),
+    "masked": ("completions not judged", "fraction"),
     "kl": ("KL to the reference", "nats per token"),
     "entropy": ("policy entropy", "nats per token"),
     "clip_fraction": ("clipped tokens", "fraction"),
+    "sampler_gap": ("sampler against trainer", "nats per token"),
     "completion_length": ("completion length", "tokens"),
+    "truncated": ("truncated completions", "fraction"),
 }
 
 LEGEND = element(
