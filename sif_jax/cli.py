@@ -12,6 +12,7 @@ import click
 from pydantic import BaseModel
 
 from sif_jax.config import (
+    AblationConfig,
     DataConfig,
     DemoConfig,
     EvalConfig,
@@ -184,6 +185,27 @@ def eval_(config: EvalConfig, dry_run: bool) -> None:
     from sif_jax.evals.evaluate import evaluate
 
     click.echo(evaluate(config))
+
+
+@_command(main, "ablate", AblationConfig)
+@click.option(
+    "--dry-run", is_flag=True, help="Check every config, list the runs and which of them are finished, and exit."
+)
+def ablate(config: AblationConfig, dry_run: bool) -> None:
+    """Train and evaluate a grid of variants, and compare them in one table.
+
+    The same command goes on where it stopped; a finished run is not repeated.
+
+    \b
+    Example: sif-jax ablate configs/ablation/paper.yaml --dry-run
+    """
+    from sif_jax.ablation import describe_plan, run
+
+    if dry_run:
+        click.echo(describe_plan(config))
+        return
+    table = run(config)
+    click.echo(f"{table.read_text()}\n{table}")
 
 
 @_command(main, "generate", GenerateConfig)
