@@ -21,6 +21,7 @@ from sif_jax.config import (
     GrpoConfig,
     PrecisionBenchConfig,
     RematBenchConfig,
+    RewardsBenchConfig,
     RunName,
     ScenesBuildConfig,
     SftConfig,
@@ -320,6 +321,23 @@ def precision(config: PrecisionBenchConfig, json_only: bool) -> None:
     """
     from sif_jax.bench.precision import measure, report
     from sif_jax.bench.report_line import json_line
+
+    figures = measure(config)
+    click.echo(json_line(figures) if json_only else report(figures))
+
+
+@_command(bench, "rewards", RewardsBenchConfig)
+@_json
+def rewards(config: RewardsBenchConfig, json_only: bool) -> None:
+    """Compare the compiled rewards with a plain loop of SciPy and shapely, and the batched assignment with SciPy's.
+
+    The last line is one JSON object: machine, config, times, the largest differences and the ratios.
+
+    \b
+    Example: sif-jax bench rewards completions=512 areas=8 boxes=8
+    """
+    from sif_jax.bench.report_line import json_line
+    from sif_jax.bench.rewards import measure, report
 
     figures = measure(config)
     click.echo(json_line(figures) if json_only else report(figures))

@@ -614,3 +614,13 @@ class PrecisionBenchConfig(Config):
     model: ModelConfig
     data: DataConfig | None = Field(default=None, description="records file; null: three built-in conversations")
     prompt: PromptConfig = PromptConfig()
+
+
+class RewardsBenchConfig(Config):
+    completions: PositiveInt = Field(default=512, description="completions of the batch")
+    samples: PositiveInt = Field(default=8, description="completions that share a record and its depth map")
+    areas: int = Field(default=8, ge=1, le=64, description="areas of each trace")
+    boxes: int = Field(default=8, ge=1, le=64, description="boxes of each area, and gold boxes")
+    map_px: PositiveInt = Field(default=512, description="side of the square depth maps, pixels")
+    repeats: PositiveInt = Field(default=5, description="timed repeats of each way, taken in turns")
+    seed: NonNegativeInt = Field(default=0, description="seed of the boxes and maps")

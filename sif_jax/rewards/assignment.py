@@ -1,16 +1,42 @@
-"""Optimal assignment of a whole batch at once (pure).
+"""Optimal assignment of a whole batch at once: every step is one array operation over all its problems (pure).
 
-Shortest augmenting paths (Jonker-Volgenant, as in SciPy's `linear_sum_assignment`; Crouse 2016), one row of every
-problem after the other: the problems of a batch advance together, each step one array operation over all of them.
+Up to eight columns, dynamic programming over the sets of columns in use (Held-Karp), which is three times as fast
+there. Beyond, shortest augmenting paths (Jonker-Volgenant, as in SciPy's `linear_sum_assignment`; Crouse 2016), one row
+of every problem after the other.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+
+_MOST_COLUMNS_IN_SETS = 8
+
+
+def best_total(weights: Float[Array, "batch n m"]) -> Float[Array, "batch"]:
+    """The largest total weight of a one-to-one assignment of all rows; needs n <= m."""
+    if weights.shape[2] <= _MOST_COLUMNS_IN_SETS:
+        return _best_total_over_sets(jnp.moveaxis(weights, 0, -1))
+    return jnp.take_along_axis(weights, optimal_assignment(weights)[..., None], axis=2).sum(axis=(1, 2))
+
+
+def _best_total_over_sets(weights: Float[Array, "n m batch"]) -> Float[Array, "batch"]:
+    """Row after row, the best total of the rows so far for every set of as many columns."""
+    n, m, batch = weights.shape
+    best, sets = jnp.zeros((1, batch)), [frozenset[int]()]
+    for row in range(n):
+        number = {columns: index for index, columns in enumerate(sets)}
+        sets = [frozenset(columns) for columns in itertools.combinations(range(m), row + 1)]
+        last = np.array([sorted(columns) for columns in sets])
+        rest = np.array([[number[columns - {column}] for column in sorted(columns)] for columns in sets])
+        best = functools.reduce(jnp.maximum, (best[rest[:, k]] + weights[row, last[:, k]] for k in range(row + 1)))
+    return best.max(axis=0)
 
 
 def optimal_assignment(weights: Float[Array, "batch n m"]) -> Int[Array, "batch n"]:

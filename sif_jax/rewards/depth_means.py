@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, UInt32
 TILE = 8
 _ONE = 2**20  # sums along one row or column of at most 4095 pixels stay below 2^32
 _LOW_BITS = 14
-_BOXES_AT_ONCE = 8192
+_BOXES_AT_ONCE = 32768
 
 
 class _Tables(NamedTuple):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
-from sif_jax.rewards.assignment import optimal_assignment
+from sif_jax.rewards.assignment import best_total
 from sif_jax.rewards.packing import UNITS_PER_THOUSANDTH
 
 _ROWS_AT_ONCE = 4096
@@ -60,8 +60,7 @@ def _corners(boxes: Int32[Array, "row n 4"], mask: Bool[Array, "row n"]) -> Int3
 def _matched_iou(pred: Int32[Array, "4 n row"], gold: Int32[Array, "4 m row"]) -> Float[Array, "row"]:
     """Total IoU of the best one-to-one matching."""
     few, many = sorted((pred, gold), key=lambda boxes: boxes.shape[1])
-    iou = jnp.moveaxis(_pairwise_iou(few, many), -1, 0)
-    return jnp.take_along_axis(iou, optimal_assignment(iou)[..., None], axis=2).sum(axis=(1, 2))
+    return best_total(jnp.moveaxis(_pairwise_iou(few, many), -1, 0))
 
 
 def _pairwise_iou(a: Int32[Array, "4 n row"], b: Int32[Array, "4 m row"]) -> Float[Array, "n m row"]:
