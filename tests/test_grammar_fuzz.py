@@ -125,7 +125,7 @@ def fuzz(seed: int, count: int) -> None:
         trace = parse(text)
         check_invariants(text, trace)
         seen.update({violation.problem for violation in trace.violations} or {"well formed"})
-    rare = [problem for problem in ("well formed", *Problem) if seen[problem] < count / 2000]
+    rare = [problem for problem in ("well formed", *Problem) if seen[problem] < count // 2000]
     assert not rare, f"mutations reach every kind of violation: {seen}"
 
 

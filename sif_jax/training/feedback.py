@@ -42,10 +42,11 @@ class Feedback:
     advantages: Float[np.ndarray, "P M"]
     counters: Mapping[str, float]  # the judge's
 
-    @property
-    def group_means(self) -> Float[np.ndarray, " P"]:
-        """Mean raw judge score of each group, the baseline of its next visit."""
-        return np.nanmean(self.judged, axis=1)
+    def means_after(self, previous_means: Float[np.ndarray, " P"]) -> Float[np.ndarray, " P"]:
+        """Mean raw judge score of each group, the baseline of its next visit; without a judgement it stays what it was."""
+        judged = np.isfinite(self.judged)
+        means = np.where(judged, self.judged, 0).sum(axis=1) / np.maximum(judged.sum(axis=1), 1)
+        return np.where(judged.any(axis=1), means, previous_means)
 
     def metrics(self) -> dict[str, float]:
         """Means and within-group spreads over judged completions, and how many groups and completions teach nothing."""

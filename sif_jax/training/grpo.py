@@ -130,7 +130,7 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
             if checkpoints.latest() != step:
                 save(step, loader_before)
             raise
-        previous_means[ids] = feedback.group_means
+        previous_means[ids] = feedback.means_after(previous_means[ids])
         times.append(time.monotonic())
 
         valid = jnp.asarray(feedback.scores.valid.reshape(rollout.lengths.shape))
