@@ -16,6 +16,7 @@ from sif_jax.cli import main
 from sif_jax.config import AblationConfig, EvalConfig, GrpoConfig, SftConfig, config_text, dump_config, load_config
 from sif_jax.errors import InputError
 from sif_jax.evals.statistics import summarise
+from sif_jax.report.samples import read_groups
 from sif_jax.training.metrics import read_metrics
 from sif_jax.training.run_dir import open_run
 from tests.conftest import ROOT
@@ -98,6 +99,7 @@ def test_a_finished_grid_has_a_table_of_means_and_of_paired_differences(finished
     full, other = (rows["variants"][name]["metrics"]["total_reward"]["mean"] for name in ("full", "cot-sft"))
     assert rows["variants"]["cot-sft"]["difference"]["total_reward"]["mean"] == pytest.approx(other - full)
     assert len(read_metrics(root / "sft-full")) == 2
+    assert len(read_groups(root / "grpo-full" / "samples" / "step-0.jsonl")) == 4
     assert not (root / "sft-cot-sft").exists()
 
 

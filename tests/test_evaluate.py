@@ -47,6 +47,20 @@ def test_the_same_evaluation_twice_and_in_other_batches_gives_the_same_answers(t
     assert [row["scores"] for row in lines(in_fives)] == [row["scores"] for row in lines(evaluated)]
 
 
+def test_a_bare_answer_is_judged_as_a_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("sif_jax.evals.evaluate.decode_rollout", lambda rollout, _: ["left"] * rollout.lengths.size)
+    rows = records_of("test")
+    for row in rows:
+        row["response"] = "left"
+        for image in ("image", "depth_image"):
+            row[image] = str(tiny_files() / "scenes" / row[image])
+    file = write_rows(tmp_path / "rows.json", rows)
+    bare = lines(run(tmp_path, f"data.path={file}", "target=answer"))
+    assert {(row["judge"], row["scores"]["answer"], row["scores"]["format"]) for row in bare} == {(1.0, 1.0, 0.0)}
+    traced = lines(run(tmp_path, f"data.path={file}", "run.name=traced"))
+    assert {row["judge"] for row in traced} == {0.0}
+
+
 def test_a_limit_reads_the_first_rows_only(tmp_path, evaluated):
     limited = lines(run(tmp_path, "data.limit=3"))
     assert [row["id"] for row in limited] == ["1", "2", "3"]

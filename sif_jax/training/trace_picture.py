@@ -51,7 +51,7 @@ def _panel(path: Path, frames: Sequence[tuple[Box, Colour, str]]) -> Image.Image
         width, height = panel.width - 1, panel.height - 1
         frame = (round(x1 * width), round(y1 * height), round(x2 * width), round(y2 * height))
         canvas.rectangle(frame, outline=colour, width=3)
-        canvas.text((frame[0] + 5, frame[1] + 3), label, fill=colour, font=font, stroke_width=2, stroke_fill="white")
+        canvas.text((frame[0] + 5, frame[1] + 3), label, fill="black", font=font, stroke_width=2, stroke_fill="white")
     return panel
 
 
