@@ -2,12 +2,14 @@
 
 The gold answer says which rule holds. The first that fits:
 
-- boxes, JSON of one or more [x1, y1, x2, y2]: HIoU with the answer's boxes.
+- boxes, JSON of one or more [x1, y1, x2, y2]: HIoU with the answer's first 64 boxes, its pairs
+  averaged over the larger count, so that added and missing boxes cost.
 - a choice, a letter or the words of an option that the question lists: 1 if the answer names that option, by letter
   ("B", "(b)", "B. left", "The answer is B") or by the option's words alone. "A cat" does not name option A.
 - yes or no: 1 if the answer's first word is that word.
 - a number, in digits or a word up to twelve: 1 if that is the only number in the answer.
-- anything else: token F1 as in SQuAD, without case, punctuation and articles.
+- anything else: token F1 as in SQuAD, without case, punctuation and articles. It pays for lists: n words, one of them
+  right, score 2/(n + 1) where a guess is right once in n.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 from sif_jax.sif.overlap import hiou
 
 _MAX_CHARS = 10_000
+_MAX_BOXES = 64
 _MAX_COORDINATE = 1e9
 
 _LEAD_IN = re.compile(
@@ -45,7 +48,7 @@ def rule_score(question: str, gold_answer: str, answer: str) -> float:
     """How well the answer agrees with the gold answer, in [0, 1]."""
     gold, answer = gold_answer.strip(), _without_lead_in(answer.strip()[:_MAX_CHARS])
     if gold_boxes := _boxes(gold):
-        return hiou(_boxes(answer), gold_boxes)
+        return hiou(_boxes(answer)[:_MAX_BOXES], gold_boxes, pair_denominator="max")
 
     options = _options(question)
     gold_letter = _named_letter(gold, options) if options else gold if re.fullmatch("[A-Z]", gold) else None
