@@ -1,6 +1,11 @@
 """GRPO-SIF as a whole: what is rewarded becomes likelier, micro-batches change nothing, a cut run resumes bit for bit."""
 
+import re
+import threading
 import zlib
+from concurrent.futures import Future
+from fnmatch import fnmatch
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +15,18 @@ from flax import nnx
 
 from sif_jax.config import GrpoConfig
 from sif_jax.data.feed import open_feed
+from sif_jax.judge import JudgeStoppedError, RuleJudge
 from sif_jax.judge import completions as judging
+from sif_jax.models.qwen2_5_vl.checkpoint import open_model
+from sif_jax.models.qwen2_5_vl.lora import split_trainable
 from sif_jax.rollout.sampling import sample_keys
 from sif_jax.training import grpo
 from sif_jax.training.checkpoint import Checkpoints
 from sif_jax.training.metrics import MetricsLog, read_metrics
 from sif_jax.training.policy import completion_logprobs
 from sif_jax.training.policy_files import open_policy
+from sif_jax.training.reference import reference_logprobs, reference_of
+from tests.conftest import ROOT
 from tests.test_sft import interrupt
 from tests.tiny_run import assert_same_weights, changed_weights, measured, tiny_config, weights
 
@@ -61,9 +71,20 @@ def visits(monkeypatch):
     return seen
 
 
-def test_a_step_makes_the_better_samples_likelier_and_the_worse_ones_less_likely(tmp_path):
-    settings = config(tmp_path, "objective.kl_beta=0")
-    policy = open_policy(settings.model, lora=None, freeze_vision=True, seed=0)
+EPOCHS = ["data.limit=4", "max_steps=3", "run.save_every=2"]  # every step visits all four prompts
+
+
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory):
+    root = tmp_path_factory.mktemp("three")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging, "judge_completions", lambda *both: np.array([opinion(*x) for x in zip(*both)]))
+        return train(root, *EPOCHS)
+
+
+def open_all(settings: GrpoConfig):
+    """(policy, feed, the first prompts as arrays, their record indices)."""
+    policy = open_policy(settings.model, lora=settings.lora, freeze_vision=settings.freeze_vision, seed=0)
     feed = open_feed(
         settings.data,
         settings.prompt,
@@ -73,8 +94,12 @@ def test_a_step_makes_the_better_samples_likelier_and_the_worse_ones_less_likely
         batch_size=settings.prompts_per_step,
     )
     prompts = next(feed.loader)
-    batch = jax.tree.map(jnp.asarray, prompts.arrays)
-    ids = np.array([index for (index,) in prompts.records])
+    return policy, feed, jax.tree.map(jnp.asarray, prompts.arrays), np.array([index for (index,) in prompts.records])
+
+
+def test_a_step_makes_the_better_samples_likelier_and_the_worse_ones_less_likely(tmp_path):
+    settings = config(tmp_path, "objective.kl_beta=0")
+    policy, _, batch, ids = open_all(settings)
     keys = sample_keys(settings.run.seed, 0, ids, settings.num_samples)
     rollout, features = grpo.sample(policy, (policy.trainable, policy.frozen), batch, keys, settings)
     shape = rollout.lengths.shape
@@ -101,9 +126,12 @@ def test_a_step_makes_the_better_samples_likelier_and_the_worse_ones_less_likely
 
 def test_on_policy_nothing_is_clipped_and_the_kl_starts_at_zero(tmp_path):
     first, second = read_metrics(train(tmp_path, "max_steps=2", "optimizer.learning_rate=1.0e-2"))
-    assert first["kl"] == 0
-    assert second["kl"] > 0
-    assert first["clip_fraction"] == second["clip_fraction"] == 0
+    assert first["kl"] == pytest.approx(0, abs=1e-9)
+    assert second["kl"] > 1e-6
+    for row in (first, second):
+        assert row["clip_fraction"] == 0
+        assert row["ratio_mean"] == row["ratio_max"] == 1
+        assert 0 < row["sampler_gap"] < 1e-4, "sampler and trainer compute the same numbers in another order"
     assert first["grad_norm"] > 0
     assert first["judge"] == pytest.approx(0.5, abs=0.35)
 
@@ -121,11 +149,16 @@ def test_the_size_of_a_micro_batch_changes_nothing(tmp_path):
 
 
 def test_several_updates_on_one_rollout_leave_the_policy_it_was_sampled_from(tmp_path):
-    once = train(tmp_path / "1", "max_steps=1", "optimizer.learning_rate=1.0e-2")
-    twice = train(tmp_path / "2", "max_steps=1", "optimizer.learning_rate=1.0e-2", "updates_per_rollout=2")
-    assert read_metrics(once)[0]["kl"] == 0
-    assert read_metrics(twice)[0]["kl"] > 0, "measured at the second update, one step away from the reference"
-    assert any((weights(once)[name] != weights(twice)[name]).any() for name in changed_weights(twice))
+    fast = ["max_steps=1", "optimizer.learning_rate=1.0e-2"]
+    (once,) = read_metrics(train(tmp_path / "1", *fast))
+    (twice,) = read_metrics(train(tmp_path / "2", *fast, "updates_per_rollout=2"))
+    assert once["kl"] == pytest.approx(0, abs=1e-9)
+    assert twice["kl"] > 1e-6, "the second update is one step away from the reference"
+    assert twice["ratio_max"] > 1 + 1e-3
+    assert twice["sampler_gap"] < 1e-4, "measured before the first update"
+    assert any(
+        (weights(tmp_path / "1/run")[n] != weights(tmp_path / "2/run")[n]).any() for n in weights(tmp_path / "2/run")
+    )
 
 
 @pytest.mark.parametrize("freeze_vision", [True, False])
@@ -136,19 +169,133 @@ def test_a_frozen_tower_stays_bit_identical(tmp_path, freeze_vision):
 
 def test_the_reference_of_adapters_is_the_base(tmp_path):
     run = train(tmp_path, "lora={rank: 2}", "max_steps=2", "optimizer.learning_rate=1.0e-2")
-    assert [row["kl"] > 0 for row in read_metrics(run)] == [False, True]
+    assert [row["kl"] > 1e-6 for row in read_metrics(run)] == [False, True]
     assert all("proj" in name for name in changed_weights(run))
 
 
-EPOCHS = ["data.limit=4", "max_steps=3", "run.save_every=2"]  # every step visits all four prompts
+def test_with_adapters_the_reference_is_the_base_model_bit_for_bit_and_its_program(tmp_path):
+    settings = config(tmp_path, "lora={rank: 2}")
+    policy, _, batch, _ = open_all(settings)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 500, (len(batch["tokens"]), 3, 8)), jnp.int32)
+    adapters = jax.tree.map(lambda x: x + 0.1, policy.trainable)
+    reference = reference_of(policy.graphdef, adapters, policy.frozen)
+    base_graph, nothing, base = split_trainable(open_model(settings.model), lora=True, freeze_vision=True)
+    assert not jax.tree.leaves(nothing)
+
+    inputs: Any = (batch, None, ids)
+    ours = reference_logprobs(*reference, *inputs, temperature=1.0)
+    np.testing.assert_array_equal(ours, reference_logprobs(base_graph, (base,), *inputs, temperature=1.0))
+    adapted, _ = completion_logprobs(nnx.merge(policy.graphdef, adapters, policy.frozen), *inputs, temperature=1.0)
+    assert np.abs(ours - adapted).max() > 1e-3
+
+    held = zip(jax.tree.leaves(reference.states), jax.tree.leaves(policy.frozen), strict=True)
+    assert all(one is other for one, other in held), "no copy of a weight, and no adapter"
+    programs = [
+        reference_logprobs.lower(graph, states, *inputs, temperature=1.0).as_text()
+        for graph, states in (reference, (base_graph, (base,)))
+    ]
+    assert programs[0] == programs[1]
 
 
-@pytest.fixture(scope="module")
-def three_steps(tmp_path_factory):
-    root = tmp_path_factory.mktemp("three")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judging, "judge_completions", lambda *both: np.array([opinion(*x) for x in zip(*both)]))
-        return train(root, *EPOCHS)
+def test_without_a_kl_no_reference_is_held_or_computed(tmp_path, monkeypatch):
+    monkeypatch.delattr(grpo, "reference_of")
+    monkeypatch.delattr(grpo, "reference_logprobs")
+    (row,) = read_metrics(train(tmp_path, "objective.kl_beta=0", "max_steps=1"))
+    assert "kl" not in row
+    assert row["grad_norm"] > 0
+
+
+def test_gspo_clips_whole_completions_in_its_own_narrow_range(tmp_path):
+    narrow = ["max_steps=1", "optimizer.learning_rate=1.0e-2", "updates_per_rollout=2", "objective.kind=gspo"]
+    (row,) = read_metrics(train(tmp_path, *narrow))
+    assert 0 < row["clip_fraction"] <= 0.5, "none at the first of the two updates"
+    assert row["clip_fraction"] == row["clip_fraction_low"] + row["clip_fraction_high"]
+
+
+class WaitingJudge(RuleJudge):
+    """Answers once `released` is set."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+
+    def submit(self, completions, records, image_root):
+        judged, answer = super().submit(completions, records, image_root).result(), Future()
+
+        def wait() -> None:
+            if self.released.wait(300):
+                answer.set_result(judged)
+            else:
+                answer.set_exception(TimeoutError("nothing happened while the judge worked"))
+
+        threading.Thread(target=wait, daemon=True).start()
+        return answer
+
+
+def test_the_reference_is_computed_while_the_judge_works(tmp_path, monkeypatch):
+    judge, original = WaitingJudge(), grpo.reference_logprobs
+
+    def computed(*args, **settings):
+        logprobs = original(*args, **settings)
+        judge.released.set()
+        return logprobs
+
+    monkeypatch.setattr(grpo, "open_judge", lambda config: judge)
+    monkeypatch.setattr(grpo, "reference_logprobs", computed)
+    (row,) = read_metrics(train(tmp_path, "max_steps=1"))
+    assert row["seconds/judge"] > 0
+
+
+class StoppingJudge(RuleJudge):
+    """Gives up at the second rollout; counts its calls and what it was told on resume."""
+
+    def __init__(self, *, stops: bool) -> None:
+        self.stops, self.calls, self.closed = stops, 0, False
+
+    def submit(self, completions, records, image_root):
+        self.calls += 1
+        if not self.stops or self.calls == 1:
+            return super().submit(completions, records, image_root)
+        stopped = Future()
+        stopped.set_exception(JudgeStoppedError("the judge gave up"))
+        return stopped
+
+    def state(self):
+        return {"calls": self.calls}
+
+    def set_state(self, state):
+        self.calls = state["calls"]
+
+    def close(self):
+        self.closed = True
+
+
+def test_a_judge_that_gives_up_stops_the_run_with_its_state_saved(tmp_path, monkeypatch, three_steps):
+    run, judge, second = config(tmp_path, *EPOCHS), StoppingJudge(stops=True), StoppingJudge(stops=False)
+    monkeypatch.setattr(grpo, "open_judge", lambda config: judge)
+    for _ in range(2):  # the second time finds its step saved already
+        judge.calls = min(judge.calls, 1)
+        with pytest.raises(JudgeStoppedError, match="gave up"):
+            grpo.train(run)
+        assert judge.closed
+        assert [row["step"] for row in read_metrics(run.run.directory)] == [0]
+    checkpoints = Checkpoints(run.run.directory / "checkpoints", keep=3)
+    assert checkpoints.latest() == 1
+    checkpoints.close()
+
+    monkeypatch.setattr(grpo, "open_judge", lambda config: second)
+    resumed = grpo.train(run)
+    assert second.calls == 4, "it counts on from what was saved at the first stop"
+    assert measured(resumed) == measured(three_steps)
+    assert_same_weights(resumed, three_steps)
+
+
+def test_every_metric_stands_in_the_table_of_docs_grpo(three_steps):
+    text = (ROOT / "docs" / "grpo.md").read_text()
+    rows = re.findall(r"^\| (`[^|]+) \|", text[text.index("## What is logged") :], re.MULTILINE)
+    documented = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    logged = set(read_metrics(three_steps)[-1]) - {"step", "time"}
+    assert not {name for name in logged if not any(fnmatch(name, pattern) for pattern in documented)}
+    assert {pattern for pattern in documented if not any(fnmatch(name, pattern) for name in logged)} == {"judge/*"}
 
 
 def test_the_progress_bonus_compares_with_the_raw_mean_of_the_visit_before(tmp_path, judged, visits):
