@@ -192,6 +192,9 @@ def test_records_that_cannot_be_rewarded_are_refused():
         score([completion], [record()], judge_scores=[1.0])
     with pytest.raises(InputError, match="row 2: gold boxes are in the wrong frame; got 'pixel'"):
         score([completion] * 2, [record(LEFT), record(LEFT, frame="pixel")], judge_scores=[1.0, 1.0])
+    for wrong in ((0.0, 0.0, 1.5, 1.0), (0.0, 0.0, float("nan"), 1.0)):
+        with pytest.raises(InputError, match="row 1: a gold box is outside the image"):
+            score([completion], [record(wrong)], judge_scores=[1.0])
     with pytest.raises(InputError, match="judge_scores does not match the completions; got 2; expected 1"):
         score([completion], [record(LEFT)], judge_scores=[1.0, 1.0])
 

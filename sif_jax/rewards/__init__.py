@@ -6,19 +6,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sif_jax.rewards.advantages import advantages, group_advantages
+    from sif_jax.rewards.advantages import group_advantages
     from sif_jax.rewards.scoring import Scores, score
     from sif_jax.sif.overlap import hiou
 
 _MODULES = {
     "Scores": "sif_jax.rewards.scoring",
-    "advantages": "sif_jax.rewards.advantages",
     "group_advantages": "sif_jax.rewards.advantages",
     "hiou": "sif_jax.sif.overlap",
     "score": "sif_jax.rewards.scoring",
 }
 
-__all__ = ["Scores", "advantages", "group_advantages", "hiou", "score"]
+__all__ = ["Scores", "group_advantages", "hiou", "score"]
 
 
 def __getattr__(name: str) -> Any:

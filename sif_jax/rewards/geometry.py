@@ -1,8 +1,8 @@
 """HIoU of many areas at once, with masks (pure).
 
 HIoU = (GIoU + PIoU) / 2 as in `sif_jax.sif.overlap`, which is the exact reference. Coordinates are whole numbers of
-1/UNITS of the image: thousandths are exact, anything else is off by at most 5e-10, and differences are exact, which
-float32 coordinates of small boxes are not. They may lie outside the image, within (-2, 2).
+1/UNITS of the image: thousandths are exact, anything else is off by at most 5e-10 (which shows only in boxes far thinner
+than a thousandth), and differences are exact, which in float32 they are not. They may lie outside, within (-2, 2).
 """
 
 from __future__ import annotations
