@@ -66,7 +66,7 @@ def measure(config: RewardsBenchConfig) -> Figures:
             name: 1e6 * seconds[name] / problems for name in ("assignment loop", "batched assignment")
         },
         "max_difference": {
-            "hiou": _difference(answers["loop"]["hious"], answers["program"].hious[:count]),
+            "hiou": _difference(answers["loop"]["hious"], answers["program"].hious[:count, : config.areas]),
             "bbox": _difference(answers["loop"]["bbox"], answers["program"].bbox[:count]),
             "depth_consistency": _difference(
                 answers["loop"]["depth_consistency"], answers["program"].depth_consistency[:count]
