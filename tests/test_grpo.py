@@ -1,6 +1,9 @@
 """GRPO-SIF as a whole: what is rewarded becomes likelier, micro-batches change nothing, a cut run resumes bit for bit."""
 
+import os
 import re
+import subprocess
+import sys
 import threading
 import zlib
 from concurrent.futures import Future
@@ -329,3 +332,28 @@ def test_a_run_that_was_cut_resumes_bit_for_bit(tmp_path, monkeypatch, visits, t
     assert resumed == measured(three_steps)
     assert_same_weights(run.run.directory, three_steps)
     assert np.isnan(visits[0][1]).all() == (step == 1), "the means of the visits before the checkpoint are restored"
+
+
+TWO_DEVICES = """
+import sys, pathlib, jax, numpy as np
+jax.config.update("jax_default_matmul_precision", "highest")
+from sif_jax.judge import completions as judging
+from tests.test_grpo import opinion, train
+judging.judge_completions = lambda *both: np.array([opinion(*pair) for pair in zip(*both)])
+assert jax.device_count() == 2
+train(pathlib.Path(sys.argv[1]), *sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+def test_devices_and_micro_batches_share_an_update_that_does_not_depend_on_them(tmp_path):
+    update = ["max_steps=1", "updates_per_rollout=2", "objective.kind=dapo", "optimizer.eps=1.0"]
+    update += ["optimizer.learning_rate=1.0"]
+    (one,) = measured(train(tmp_path / "one", *update))
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    arguments = [str(tmp_path / "two"), "micro_batch=2", *update]
+    subprocess.run([sys.executable, "-c", TWO_DEVICES, *arguments], env=environment, check=True, cwd=ROOT)
+    (two,) = measured(tmp_path / "two" / "run")
+    assert one["clip_fraction"] > 0
+    assert two.pop("sampler_gap") == pytest.approx(one.pop("sampler_gap"), abs=1e-6)
+    assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
