@@ -19,6 +19,7 @@ from sif_jax.config import (
     ExportConfig,
     GenerateConfig,
     GrpoConfig,
+    HacksBenchConfig,
     PrecisionBenchConfig,
     RematBenchConfig,
     RewardsBenchConfig,
@@ -338,6 +339,23 @@ def rewards(config: RewardsBenchConfig, json_only: bool) -> None:
     """
     from sif_jax.bench.report_line import json_line
     from sif_jax.bench.rewards import measure, report
+
+    figures = measure(config)
+    click.echo(json_line(figures) if json_only else report(figures))
+
+
+@_command(bench, "hacks", HacksBenchConfig)
+@_json
+def hacks(config: HacksBenchConfig, json_only: bool) -> None:
+    """Compare what tricks of a policy earn with its honest answers, under each setting of the rewards.
+
+    The last line is one JSON object: machine, config, settings, and each trick's mean gain, its error and the share it pays for.
+
+    \b
+    Example: sif-jax bench hacks records=2000 seed=0
+    """
+    from sif_jax.bench.hacks import measure, report
+    from sif_jax.bench.report_line import json_line
 
     figures = measure(config)
     click.echo(json_line(figures) if json_only else report(figures))

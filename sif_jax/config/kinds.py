@@ -624,3 +624,8 @@ class RewardsBenchConfig(Config):
     map_px: PositiveInt = Field(default=512, description="side of the square depth maps, pixels")
     repeats: PositiveInt = Field(default=5, description="timed repeats of each way, taken in turns")
     seed: NonNegativeInt = Field(default=0, description="seed of the boxes and maps")
+
+
+class HacksBenchConfig(Config):
+    records: int = Field(default=2000, ge=16, description="random questions that every trick is tried on")
+    seed: NonNegativeInt = Field(default=0, description="seed of the questions and of the honest policy")
