@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 
 COMMANDS = [
     *("demo", "sft", "grpo", "eval", "generate", "export", "ablate", "data build", "data check"),
-    *("bench remat", "bench precision", "bench rewards"),
+    *("bench remat", "bench precision", "bench rewards", "bench hacks"),
 ]
 SFT = ["run.name=x", "model.path=m", "data.path=d", "optimizer.learning_rate=1e-4"]
 TRACE = (
@@ -184,7 +184,8 @@ def test_an_interrupt_exits_with_130(implementation):
 
 def test_control_c_ends_the_process_with_130():
     code = (
-        "import sys, time, types\n"
+        "import signal, sys, time, types\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job starts without it
         "fake = types.ModuleType('fake'); sys.modules['sif_jax.training.sft'] = fake\n"
         "fake.train = lambda config: (print('training', flush=True), time.sleep(60))\n"
         "from sif_jax.cli import main; main()"
