@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
-MEASURED := $(shell grep -l "measured(" tests/test_*.py)
+MEASURED := $(shell grep -l "at_most=" tests/test_*.py)
 
 .PHONY: demo test test-all parity check env env-test clean
 
