@@ -24,7 +24,7 @@ install_import_hook("sif_jax", "beartype.beartype")
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real annotation files that may stand beside the checkout."""
+    """The folder of real annotation files that may stand beside the checkout; their licences keep them out of it."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real annotation files are not beside this checkout ({SHARED_DATA})")
     return SHARED_DATA

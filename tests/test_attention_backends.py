@@ -177,7 +177,7 @@ def gives_nan(q, k, v, segments, causal):
 
 
 def does_not_lower(q, k, v, segments, causal):
-    raise NotImplementedError("no such kernel\nsecond line")
+    raise ValueError("no such kernel\nsecond line")
 
 
 def test_auto_takes_the_platforms_own_backend_once_and_says_so_once(on_a_tpu, capsys):
@@ -197,9 +197,9 @@ def test_a_backend_that_computes_something_else_is_left_or_refused_by_name(broke
         choose_backend("splash", "bfloat16")
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what a CPU refuses")
 @pytest.mark.parametrize("name", ["splash", "cudnn"])
-def test_an_accelerators_backend_is_refused_on_a_cpu(name):
+def test_an_accelerators_backend_is_refused_on_a_cpu(name, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     with pytest.raises(InputError, match=f"{name} attention does not run on cpu; got '{name}'; fix: "):
         choose_backend(name, "bfloat16")
 

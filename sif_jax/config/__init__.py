@@ -1,38 +1,19 @@
 """Configs: what every command can be told, and how it is read (host)."""
 
+from sif_jax.config.demo import DemoConfig, DemoScenesConfig, ScenesBuildConfig, TinyModelConfig, TinyVisionConfig
 from sif_jax.config.files import FieldRow, config_text, describe, dump_config, flat_config, load_config
-from sif_jax.config.kinds import (
+from sif_jax.config.inference import EvalConfig, ExportConfig, GenerateConfig, SamplingConfig
+from sif_jax.config.inputs import BucketsConfig, DataConfig, ModelConfig, PromptConfig
+from sif_jax.config.reinforcement import GrpoConfig, JudgeConfig, ObjectiveConfig, RemoteConfig, RewardsConfig
+from sif_jax.config.studies import (
     AblationConfig,
-    BucketsConfig,
-    DataConfig,
-    DemoConfig,
-    DemoScenesConfig,
-    EvalConfig,
-    ExportConfig,
-    GenerateConfig,
-    GrpoConfig,
     HacksBenchConfig,
-    JudgeConfig,
-    LoraConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
     PrecisionBenchConfig,
-    PromptConfig,
     RematBenchConfig,
-    RemoteConfig,
     RewardsBenchConfig,
-    RewardsConfig,
-    RunConfig,
-    RunName,
-    SamplingConfig,
-    ScenesBuildConfig,
-    SftConfig,
-    TinyModelConfig,
-    TinyVisionConfig,
-    TrainConfig,
     VariantConfig,
 )
+from sif_jax.config.training import LoraConfig, OptimizerConfig, RunConfig, RunName, SftConfig, TrainConfig
 
 __all__ = [
     "AblationConfig",

@@ -1,0 +1,70 @@
+"""Grids of runs, and the benches (host)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from sif_jax.config.inputs import DataConfig, ModelConfig, PromptConfig
+from sif_jax.config.section import Config
+
+Words = Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class VariantConfig(Config):
+    """KEY=VALUE words that go after those of the grid; null: this variant has no such stage."""
+
+    all: tuple[str, ...] = Field(default=(), description="for each of its stages, such as prompt.depth_input=false")
+    sft: tuple[str, ...] | None = Field(default=(), description="for its fine-tuning, such as target=answer")
+    grpo: tuple[str, ...] | None = Field(default=(), description="for its reinforcement, such as rewards.bbox=0")
+    eval: tuple[str, ...] = Field(default=(), description="for its evaluation, such as target=answer")
+
+
+class AblationConfig(Config):
+    root: str = Field(default="runs/ablation", description="directory of every run of the grid and of its table")
+    sft: Words = Field(description="what would follow `sif-jax sft`: CONFIG.yaml, then KEY=VALUE words")
+    grpo: Words = Field(description="what would follow `sif-jax grpo`; it starts from the variant's own SFT")
+    eval: Words = Field(description="what would follow `sif-jax eval`; every variant answers the same records")
+    variants: Annotated[dict[str, VariantConfig], Field(min_length=1)] = Field(
+        description="name → further words per stage; differences are taken from the first"
+    )
+
+
+class RematBenchConfig(Config):
+    architecture: str = Field(
+        default="configs/bench/100M", description="directory with the config.json of the shapes; no weights are read"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="storage of the frozen weights; XLA on CPUs copies bfloat16 ones to float32 whole",
+    )
+    lora_rank: PositiveInt = Field(default=8, description="rank of the adapters")
+    freeze_vision: bool = Field(default=True, description="no adapters in the vision tower, and no gradient through it")
+    rows: PositiveInt = Field(default=1, description="rows of the batch")
+    tokens: PositiveInt = Field(default=1024, description="tokens per row, two images included")
+    image_px: tuple[PositiveInt, PositiveInt] = Field(
+        default=(364, 252), description="(width, height) of each image; 28 divides"
+    )
+    steps: PositiveInt = Field(default=3, description="timed steps of each policy, taken in turns")
+
+
+class PrecisionBenchConfig(Config):
+    model: ModelConfig
+    data: DataConfig | None = Field(default=None, description="records file; null: three built-in conversations")
+    prompt: PromptConfig = PromptConfig()
+
+
+class RewardsBenchConfig(Config):
+    completions: PositiveInt = Field(default=512, description="completions of the batch")
+    samples: PositiveInt = Field(default=8, description="completions that share a record and its depth map")
+    areas: int = Field(default=8, ge=1, le=64, description="areas of each trace")
+    boxes: int = Field(default=8, ge=1, le=64, description="boxes of each area, and gold boxes")
+    map_px: PositiveInt = Field(default=512, description="side of the square depth maps, pixels")
+    repeats: PositiveInt = Field(default=5, description="timed repeats of each way, taken in turns")
+    seed: NonNegativeInt = Field(default=0, description="seed of the boxes and maps")
+
+
+class HacksBenchConfig(Config):
+    records: int = Field(default=2000, ge=16, description="random questions that every trick is tried on")
+    seed: NonNegativeInt = Field(default=0, description="seed of the questions and of the honest policy")
