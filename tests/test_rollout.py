@@ -106,12 +106,11 @@ def test_a_sample_ends_at_its_stop_token_and_is_padded_after_it(vlm):
 
 
 def test_forbidden_tokens_are_never_drawn_and_logprobs_stay_those_of_the_whole_softmax(vlm):
-    logits = jnp.zeros((1, 1, 4)).at[..., 2].set(5.0)
-    tokens, logprobs = choose(
-        logits, sample_keys(0, 0, np.zeros(1, np.int32), 1), jnp.int32(0), Sampling(1, (), (2,), 0.0)
-    )
-    assert int(tokens[0, 0]) == 0
-    np.testing.assert_allclose(logprobs[0, 0], jax.nn.log_softmax(logits[0, 0])[0])
+    logits = jnp.zeros((1, 4)).at[..., 2].set(5.0)
+    keys = sample_keys(0, 0, np.zeros(1, np.int32), 1)[0]
+    tokens, logprobs = choose(logits, keys, jnp.zeros(1, jnp.int32), Sampling(1, (), (2,), 0.0))
+    assert int(tokens[0]) == 0
+    np.testing.assert_allclose(logprobs[0], jax.nn.log_softmax(logits[0])[0])
     forbidden = vlm.processor.forbidden_ids(vlm.config.text.vocab_size)
     assert set(range(len(vlm.processor.tokenizer), 320)) < set(forbidden)  # rows of the table that no token has
     assert vlm.processor.ids.image_pad in forbidden
@@ -123,9 +122,9 @@ def test_forbidden_tokens_are_never_drawn_and_logprobs_stay_those_of_the_whole_s
     ("settings", "kept"), [({"top_k": 2}, {0, 1}), ({"top_p": 0.6}, {0, 1}), ({"top_p": 0.4}, {0}), ({}, {0, 1, 2, 3})]
 )
 def test_truncated_sampling_draws_from_the_head_of_the_distribution_only(settings, kept):
-    logits = jnp.broadcast_to(jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05])), (1, 400, 4))
-    keys = sample_keys(1, 0, np.zeros(1, np.int32), 400)
-    tokens, _ = choose(logits, keys, jnp.int32(0), Sampling(1, (), **settings))
+    logits = jnp.broadcast_to(jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05])), (400, 4))
+    keys = sample_keys(1, 0, np.zeros(1, np.int32), 400)[0]
+    tokens, _ = choose(logits, keys, jnp.zeros(400, jnp.int32), Sampling(1, (), **settings))
     assert set(np.asarray(tokens).ravel().tolist()) == kept
 
 

@@ -6,11 +6,21 @@ place. The softmax is float32 and its division comes last, on [T, H] instead of 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 MASKED = -1e30  # finite, so that a row that may see nothing gets a mean instead of NaN
+
+
+class Partial(NamedTuple):
+    """Attention over some of the keys: the weighted sum of their values, not divided yet, and what it is divided by."""
+
+    summed: Float[Array, "B N T H"]
+    total: Float[Array, "B N T 1"]  # of exp(logits - top)
+    top: Float[Array, "B N T 1"]  # the largest logit
 
 
 def attention(
@@ -20,13 +30,8 @@ def attention(
     mask: Bool[Array, "#B T S"],
 ) -> Shaped[Array, "B T N H"]:
     """softmax(q kᵀ / √H) v; query head n reads key head n // (N/K)."""
-    batch, length, heads, _ = q.shape
-    logits = _logits(_grouped(q, k.shape[1]), k).reshape(batch, -1, length, k.shape[2])
-    logits = logits + jnp.where(mask, 0.0, MASKED)[:, None]
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-    total = weights.sum(-1).reshape(batch, heads, length, 1)
-    summed = _sum(weights.reshape(batch, k.shape[1], -1, k.shape[2]), v)
-    return (summed.reshape(batch, heads, length, -1) / total).swapaxes(1, 2).astype(v.dtype)
+    part = partial_attention(q, k, v, mask)
+    return (part.summed / part.total).swapaxes(1, 2).astype(v.dtype)
 
 
 def prefix_attention(
@@ -40,31 +45,70 @@ def prefix_attention(
 ) -> Shaped[Array, "P M T N H"]:
     """Each of the M samples of a prompt attends to the prompt's keys, held once, and to its own U keys.
 
-    One softmax runs over both parts, so the result equals attention over the concatenated sequence.
+    The two parts are merged by log-sum-exp, so the result equals attention over the concatenated sequence.
     """
     prompts, samples, length, heads, dim = q.shape
-    num_keys = prefix_k.shape[1]
-    every = _grouped(q.reshape(prompts, samples * length, heads, dim), num_keys)
-    each = _grouped(q.reshape(prompts * samples, length, heads, dim), num_keys)
+    shared = partial_attention(
+        q.reshape(prompts, samples * length, heads, dim), prefix_k, prefix_v, prefix_mask[:, None]
+    )
     own_k, own_v = (x.reshape(prompts * samples, *x.shape[2:]) for x in (k, v))
+    own = partial_attention(q.reshape(prompts * samples, length, heads, dim), own_k, own_v, mask[None])
 
-    def per_head(x: Array, width: int) -> Array:
-        """Rows of either product as [P, M, N, T, width]."""
-        if x.shape[0] == prompts * samples:
-            return x.reshape(prompts, samples, heads, length, width)
-        return x.reshape(prompts, heads, samples, length, width).swapaxes(1, 2)
+    def per_sample(x: Array) -> Array:
+        x = x.reshape(prompts, heads, samples, length, x.shape[-1])
+        return x.swapaxes(1, 2).reshape(prompts * samples, heads, length, x.shape[-1])
 
-    shared = per_head(_logits(every, prefix_k), prefix_k.shape[2])
-    own = per_head(_logits(each, own_k), own_k.shape[2])
-    shared = shared + jnp.where(prefix_mask, 0.0, MASKED)[:, None, None, None]
-    own = own + jnp.where(mask, 0.0, MASKED)[None, None, None]
-    top = jax.lax.stop_gradient(jnp.maximum(shared.max(-1, keepdims=True), own.max(-1, keepdims=True)))
-    shared, own = jnp.exp(shared - top), jnp.exp(own - top)
-    total = shared.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
-    summed = per_head(
-        _sum(shared.swapaxes(1, 2).reshape(prompts, num_keys, -1, shared.shape[-1]), prefix_v), dim
-    ) + per_head(_sum(own.reshape(prompts * samples, num_keys, -1, own.shape[-1]), own_v), dim)
-    return (summed / total).swapaxes(2, 3).astype(v.dtype)
+    out = merged(Partial(*map(per_sample, shared)), own)
+    return out.swapaxes(1, 2).reshape(q.shape).astype(v.dtype)
+
+
+def row_attention(
+    q: Shaped[Array, "R N H"],
+    prefix_k: Shaped[Array, "G K S H"],
+    prefix_v: Shaped[Array, "G K S H"],
+    prefix_mask: Bool[Array, "G S"],
+    k: Shaped[Array, "R K U H"],
+    v: Shaped[Array, "R K U H"],
+    mask: Bool[Array, "R U"],
+    members: Int[Array, "G M"],
+    place: Int[Array, "R"],
+) -> Shaped[Array, "R N H"]:
+    """The same for one query of each of R rows, which belong to G prompts in any order.
+
+    `members` are the rows of each prompt, filled up with any row; row r stands at `place[r]` of the flattened members. Only
+    queries and results are moved between the two orders, never keys.
+    """
+    rows, heads, dim = q.shape
+    shared = partial_attention(q[members], prefix_k, prefix_v, prefix_mask[:, None])
+    own = partial_attention(q[:, None], k, v, mask[:, None])
+
+    def per_row(x: Array) -> Array:
+        return x.swapaxes(1, 2).reshape(-1, heads, x.shape[-1])[place][:, :, None]
+
+    return merged(Partial(*map(per_row, shared)), own).reshape(rows, heads, dim).astype(v.dtype)
+
+
+def partial_attention(
+    q: Shaped[Array, "B T N H"],
+    k: Shaped[Array, "B K S H"],
+    v: Shaped[Array, "B K S H"],
+    mask: Bool[Array, "#B #T S"],
+) -> Partial:
+    batch, length, heads, _ = q.shape
+    logits = _logits(_grouped(q, k.shape[1]), k).reshape(batch, heads, length, k.shape[2])
+    logits = logits + jnp.where(mask, 0.0, MASKED)[:, None]
+    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    weights = jnp.exp(logits - top)
+    summed = _sum(weights.reshape(batch, k.shape[1], -1, k.shape[2]), v)
+    return Partial(summed.reshape(batch, heads, length, -1), weights.sum(-1, keepdims=True), top)
+
+
+def merged(one: Partial, other: Partial) -> Float[Array, "B N T H"]:
+    """Attention over the keys of both parts."""
+    top = jnp.maximum(one.top, other.top)
+    one_scale, other_scale = jnp.exp(one.top - top), jnp.exp(other.top - top)
+    total = one.total * one_scale + other.total * other_scale
+    return (one.summed * one_scale + other.summed * other_scale) / total
 
 
 def head_major(x: Shaped[Array, "*batch T K H"]) -> Shaped[Array, "*batch K T H"]:

@@ -1,20 +1,51 @@
-"""Sample N completions of every prompt on the device, computing and holding each prompt once (pure)."""
+"""Sample completions of prompts: each prompt computed and held once, rows refilled as they end (io).
+
+    prompts → prefill → pool of keys and values ┐
+    waiting samples → rows ─────────────────────┴→ decode, some steps on the device → ended samples leave, the next take over
+
+`stream` decodes any number of prompts as they come; `generate` is one batch of prompts as arrays. Between two calls nothing of
+a rollout stays on the device.
+"""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 
-from sif_jax.models.qwen2_5_vl.decoder import Cache, Prefix
-from sif_jax.models.qwen2_5_vl.model import Batch, Qwen2_5_VL
-from sif_jax.rollout.sampling import Sampling, choose
+from sif_jax.errors import InputError
+from sif_jax.models.qwen2_5_vl.config import TextConfig
+from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
+from sif_jax.parallel.lanes import num_lanes
+from sif_jax.rollout import programs
+from sif_jax.rollout.programs import Pool, Spread, encode_images, next_positions
+from sif_jax.rollout.sampling import Sampling
+from sif_jax.rollout.schedule import Schedule, Slots, Task, Usage, ring_lengths
+from sif_jax.rollout.stops import Decode, first_stop
 
-FIRST_CACHE = 64  # tokens
+__all__ = ["Prompts", "Rollout", "encode_images", "generate", "next_positions", "stream"]
+
+FIRST_RING = 64  # tokens
+MAX_STEPS = 32  # between two words with the host
+MAX_STEPS_WITH_STRINGS = 8  # what runs on after a stop string is thrown away
+
+
+AnyBatch = Mapping[str, Any]  # the batch contract, on the host or on devices
+
+
+class Prompts(NamedTuple):
+    """Prompts that are computed in one pass, one per row of a batch."""
+
+    batch: AnyBatch
+    features: Shaped[Array, "F I D"]
+    numbers: Int[np.ndarray, "F"]  # what the caller knows them by; -1 is a row of padding
+    keys: UInt32[np.ndarray, "F M word"]
+    limits: Int[np.ndarray, "F M"]  # tokens of each completion at most
 
 
 class Rollout(NamedTuple):
@@ -26,104 +57,189 @@ class Rollout(NamedTuple):
     finished: Bool[Array, "P M"]  # False: cut at max_new_tokens
 
 
-class _Loop(NamedTuple):
-    position: Int[Array, ""]
-    logits: Float[Array, "P M V"]
-    cache: Cache
-    rollout: Rollout
-
-
-@partial(jax.jit, static_argnames="graphdef")
-def encode_images(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...], batch: Batch) -> Shaped[Array, "P I D"]:
-    """Image features of a prompt batch, to be reused while the vision tower does not change."""
-    return nnx.merge(graphdef, *states).image_features(batch)
-
-
-def next_positions(batch: Batch) -> Int[Array, "P"]:
-    """The M-RoPE position of each prompt's first new token: one past the largest of the prompt."""
-    return jnp.max(jnp.where((batch["segments"] > 0)[..., None], batch["positions"], -1), axis=(1, 2)) + 1
-
-
-@partial(jax.jit, static_argnames=("graphdef", "sampling", "pad_id"))
 def generate(
     graphdef: nnx.GraphDef,
     states: tuple[nnx.State, ...],
-    batch: Batch,
+    batch: AnyBatch,
     features: Shaped[Array, "P I D"],
     keys: Key[Array, "P M"],
     *,
     sampling: Sampling,
     pad_id: int,
+    rows: int | None = None,
+    prefill: int | None = None,
+    limits: Int[np.ndarray, "P M"] | None = None,
+    decode_text: Decode | None = None,
+    usage: Usage | None = None,
 ) -> Rollout:
-    """Continue each prompt of a batch (one prompt per row, padded on the right) M times."""
-    model: Qwen2_5_VL = nnx.merge(graphdef, *states)
+    """Continue each prompt of a batch (one prompt per row, padded on the right) M times.
+
+    At most `rows` completions are decoded at once (all, if None), and `prefill` prompts computed in one pass. On a mesh the
+    lanes share out the prompts, or where these are too few the samples of every prompt.
+
+    Raises:
+      InputError: neither prompts nor samples divide over the lanes, or stop strings without `decode_text`.
+    """
     prompts, samples = keys.shape
-    logits, prefix = _prefill(model, batch, features)
-    start = next_positions(batch)
-    shape = (prompts, samples, sampling.max_new_tokens)
-    loop = _Loop(
-        position=jnp.int32(0),
-        logits=jnp.broadcast_to(logits[:, None], (prompts, samples, logits.shape[-1])),
-        cache=model.decoder.empty_cache(prompts, samples, model.compute_dtype),
-        rollout=Rollout(
-            jnp.full(shape, pad_id, jnp.int32),
-            jnp.zeros(shape, jnp.float32),
-            jnp.zeros(shape[:2], jnp.int32),
-            jnp.zeros(shape[:2], bool),
-        ),
+    lanes = num_lanes()
+    spread = choose_spread(prompts, samples, lanes)
+    share, own = (prompts // lanes, samples) if spread == "prompts" else (prompts, samples // lanes)
+    each = _largest_divisor(share, at_most=max((prefill or prompts) // (prompts // share), 1))
+    slots = make_slots(sampling, lanes=lanes, prompts=share, samples=own, rows=rows and -(-rows // lanes), prefill=each)
+    if limits is None:
+        limits = np.full((prompts, samples), sampling.max_new_tokens, np.int32)
+    whole = Prompts(batch, features, np.arange(prompts), np.asarray(jax.random.key_data(keys)), limits)
+    units = split_prompts(whole, each, lanes=lanes if spread == "prompts" else 1)
+    ended = stream(
+        graphdef, states, units, sampling=sampling, slots=slots, spread=spread, decode_text=decode_text, usage=usage
+    )
+    return _collect(ended, (prompts, samples, sampling.max_new_tokens), pad_id)
+
+
+def stream(
+    graphdef: nnx.GraphDef,
+    states: tuple[nnx.State, ...],
+    units: Iterable[Prompts],
+    *,
+    sampling: Sampling,
+    slots: Slots,
+    spread: Spread = "prompts",
+    decode_text: Decode | None = None,
+    usage: Usage | None = None,
+    separate: bool | None = None,
+) -> Iterator[Task]:
+    """Completions as they end. Units are taken one by one, when there is room for their prompts.
+
+    `separate` holds each layer's weights, for the time of the rollout, as arrays of their own: faster on CPU, and a second
+    copy of the decoder; None: on CPU only.
+    """
+    if sampling.stop and decode_text is None:
+        raise InputError("stop strings need the text", value=sampling.stop, fix="give decode_text")
+    separate = jax.default_backend() == "cpu" if separate is None else separate
+    layers = programs.separate_layers(graphdef, states) if separate else None
+    model: Qwen2_5_VL = nnx.eval_shape(lambda states: nnx.merge(graphdef, *states), states)
+    text, dtype = model.config.text, model.compute_dtype
+    schedule = Schedule(slots, sampling.stop_ids, _ends(sampling.stop, decode_text), usage or Usage())
+    queue, pool, cache, column = _Queue(units), None, None, 0
+    while True:
+        while (unit := queue.next) is not None and schedule.wants(_prompts_per_lane(unit, slots, spread)):
+            pool = _room_for(pool, unit, text, slots, dtype, separate=separate)
+            taken = schedule.add(unit.numbers, unit.keys, unit.limits, spread)
+            pool = programs.prefill(graphdef, states, pool, unit.batch, unit.features, taken, spread=spread)
+            queue.advance()
+        if pool is None or schedule.idle:
+            return
+        plan = schedule.plan(more=queue.next is not None)
+        if cache is None:
+            width = plan.rows.tokens.shape[1]
+            cache = programs.empty_cache(text, slots.lanes, width, plan.ring, dtype, separate=separate)
+        elif plan.source is not None:
+            old = programs.ring_length(cache)
+            cache = programs.rearrange(cache, plan.source, np.int32(column), length=plan.ring)
+            column = programs.last_column(old, plan.ring)
+        cache, emitted = programs.decode(
+            graphdef,
+            states,
+            layers,
+            pool,
+            cache,
+            np.int32(column),
+            plan.rows,
+            sampling=sampling,
+            max_steps=slots.max_steps,
+        )
+        emitted = jax.device_get(emitted)
+        column = (column + int(emitted.steps)) % plan.ring
+        yield from schedule.take(emitted)
+
+
+def make_slots(
+    sampling: Sampling, *, lanes: int = 1, prompts: int, samples: int, rows: int | None = None, prefill: int = 1
+) -> Slots:
+    """Room for `prompts` prompts of `samples` samples in each lane, `prefill` of them computed in one pass.
+
+    Twice the prompts that fill the rows are held, because the last samples of a prompt outlive the others.
+
+    Raises:
+      InputError: there is nothing to sample, or no row to do it in.
+    """
+    for name, value in (("prompts", prompts), ("samples", samples), ("rows", rows), ("prefill", prefill)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} of a rollout", value=value, expected="at least 1")
+    rows = min(rows or prompts * samples, prompts * samples)
+    held = -(-rows // samples) * (2 if samples > 1 else 1) + prefill
+    steps = MAX_STEPS_WITH_STRINGS if sampling.stop else MAX_STEPS
+    return Slots(lanes, rows, min(held, prompts), samples, steps, ring_lengths(FIRST_RING, sampling.max_new_tokens))
+
+
+def choose_spread(prompts: int, samples: int, lanes: int) -> Spread:
+    """
+    Raises:
+      InputError: neither prompts nor samples divide over the lanes.
+    """
+    if prompts % lanes == 0:
+        return "prompts"
+    if samples % lanes == 0:
+        return "samples"
+    raise InputError(
+        "neither prompts nor samples divide over the devices",
+        value=f"{prompts} prompts, {samples} samples",
+        expected=f"a multiple of {lanes}",
+        fix="change prompts_per_step or num_samples",
     )
 
-    def going(loop: _Loop) -> Bool[Array, ""]:
-        return (loop.position < loop.cache.length) & ~loop.rollout.finished.all()
 
-    def step(loop: _Loop) -> _Loop:
-        tokens, logprobs = choose(loop.logits, keys, loop.position, sampling)
-        rollout = _append(loop.rollout, loop.position, tokens, logprobs, sampling, pad_id)
-        logits, cache = _next_logits(model, tokens, start + loop.position, prefix, loop.cache, loop.position)
-        return _Loop(loop.position + 1, logits, cache, rollout)
+def split_prompts(prompts: Prompts, each: int, *, lanes: int = 1) -> Iterator[Prompts]:
+    """Units of `each` prompts per lane; the rows of `prompts` are those of lane 0, lane 1, …"""
+    per_lane = len(prompts.numbers) // lanes
+    for start in range(0, per_lane, each):
+        stop = start + each
 
-    for length in _cache_lengths(sampling.max_new_tokens):
-        loop = jax.lax.while_loop(going, step, loop._replace(cache=loop.cache.grow(length)))
-    return loop.rollout
+        def piece(x: Any, start: int = start, stop: int = stop) -> Any:
+            return x.reshape(lanes, per_lane, *x.shape[1:])[:, start:stop].reshape(-1, *x.shape[1:])
 
-
-def _cache_lengths(longest: int) -> list[int]:
-    """Doubling, so that early tokens do not read a cache that is mostly empty."""
-    lengths = [min(FIRST_CACHE, longest)]
-    while lengths[-1] < longest:
-        lengths.append(min(2 * lengths[-1], longest))
-    return lengths
+        yield prompts if each == per_lane else jax.tree.map(piece, prompts)
 
 
-def _prefill(model: Qwen2_5_VL, batch: Batch, features: Array) -> tuple[Float[Array, "P V"], Prefix]:
-    """Logits after the last token of each prompt, and the prompts' keys and values."""
-    hidden, prefix = model.decoder.prefill(model.embed_prompt(batch, features), batch["positions"], batch["segments"])
-    last = (batch["segments"] > 0).sum(-1) - 1
-    return model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), prefix
+class _Queue:
+    """An iterator whose next item can be seen."""
+
+    def __init__(self, units: Iterable[Prompts]) -> None:
+        self._units = iter(units)
+        self.advance()
+
+    def advance(self) -> None:
+        self.next = next(self._units, None)
 
 
-def _append(
-    rollout: Rollout, position: Array, tokens: Array, logprobs: Array, sampling: Sampling, pad_id: int
-) -> Rollout:
-    live = ~rollout.finished
-    stop = jnp.isin(tokens, jnp.asarray(sampling.stop_ids, jnp.int32))
-    at = (0, 0, position)
-    return Rollout(
-        jax.lax.dynamic_update_slice(rollout.ids, jnp.where(live, tokens, pad_id)[..., None], at),
-        jax.lax.dynamic_update_slice(rollout.logprobs, jnp.where(live, logprobs, 0.0)[..., None], at),
-        rollout.lengths + live,
-        rollout.finished | stop,
-    )
+def _ends(stop: Sequence[str], decode_text: Decode | None):
+    def ends(ids: Sequence[int], new: int) -> int | None:
+        return first_stop(ids, new, stop, decode_text) if stop and decode_text else None
+
+    return ends
 
 
-def _next_logits(
-    model: Qwen2_5_VL,
-    tokens: Int[Array, "P M"],
-    positions: Int[Array, "P"],
-    prefix: Prefix,
-    cache: Cache,
-    index: Int[Array, ""],
-) -> tuple[Float[Array, "P M V"], Cache]:
-    where = jnp.broadcast_to(positions[:, None, None], (*tokens.shape, 3))
-    hidden, cache = model.decoder.decode_step(model.embed(tokens), where, prefix, cache, index)
-    return model.logits(hidden), cache
+def _prompts_per_lane(unit: Prompts, slots: Slots, spread: Spread) -> int:
+    return len(unit.numbers) // (slots.lanes if spread == "prompts" else 1)
+
+
+def _room_for(pool: Pool | None, unit: Prompts, text: TextConfig, slots: Slots, dtype: Any, *, separate: bool) -> Pool:
+    """A pool whose prompts may be as long as those of the unit."""
+    length = unit.batch["tokens"].shape[1]
+    if pool is None:
+        return programs.empty_pool(text, slots.lanes, slots.prompts, length, dtype, separate=separate)
+    return programs.lengthen(pool, length=max(length, programs.pool_length(pool)))
+
+
+def _collect(ended: Iterable[Task], shape: tuple[int, int, int], pad_id: int) -> Rollout:
+    ids, logprobs = np.full(shape, pad_id, np.int32), np.zeros(shape, np.float32)
+    lengths, finished = np.zeros(shape[:2], np.int32), np.zeros(shape[:2], bool)
+    for task in ended:
+        where, length = (task.prompt, task.sample), len(task.ids)
+        ids[where][:length], logprobs[where][:length] = task.ids, task.logprobs
+        lengths[where], finished[where] = length, task.stopped
+    return Rollout(*map(jnp.asarray, (ids, logprobs, lengths, finished)))
+
+
+def _largest_divisor(number: int, *, at_most: int) -> int:
+    return next(size for size in range(min(number, at_most), 0, -1) if number % size == 0)

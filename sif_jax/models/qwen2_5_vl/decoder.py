@@ -3,14 +3,15 @@
     forward        one pass over packed rows                      (SFT, scoring)
     prefill        the same, and each layer's keys and values     (rollout)
     group_forward  a prompt and its M completions in one pass      (GRPO: the prompt is computed once per group)
-    decode_step    one new token for every sample, with a cache    (rollout)
+    decode_step    one new token for every row, with a cache       (rollout)
 
 All four share `DecoderLayer.qkv` and `DecoderLayer.finish` and differ only in what a query may see.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,34 +21,39 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from sif_jax.models.qwen2_5_vl.config import TextConfig
 from sif_jax.models.qwen2_5_vl.layers import Key, Linear, RMSNorm, SwiGLU, layer_keys, stack
-from sif_jax.ops.attention import head_major, prefix_attention
+from sif_jax.ops.attention import head_major, prefix_attention, row_attention
 from sif_jax.ops.attention_backends import Backend, self_attention
 from sif_jax.ops.rotary import Rope, mrope, rotate
 from sif_jax.ops.scan import Remat, scan_layers
 
+Stack = Shaped[Array, "layer *rest"] | tuple[Shaped[Array, "*rest"], ...]
+
 
 class Prefix(NamedTuple):
-    """Keys and values of the prompts, held once per prompt."""
+    """Keys and values of G prompts, held once per prompt."""
 
-    k: Shaped[Array, "layer P K S H"]
-    v: Shaped[Array, "layer P K S H"]
-    mask: Bool[Array, "P S"]
+    k: Stack  # of [G, K, S, H]
+    v: Stack
+    mask: Bool[Array, "G S"]
 
 
 class Cache(NamedTuple):
-    """Keys and values of each sample's own tokens."""
+    """Keys and values of the R rows' own tokens: a ring of U columns, in which all rows write the same column at a time.
 
-    k: Shaped[Array, "layer P M K U H"]
-    v: Shaped[Array, "layer P M K U H"]
+    Rotary positions are in the keys, so attention does not mind in which column a token lies.
+    """
 
-    @property
-    def length(self) -> int:
-        return self.k.shape[4]
+    k: Stack  # of [R, K, U, H]
+    v: Stack
 
-    def grow(self, length: int) -> Cache:
-        """The same cache with room for `length` tokens."""
-        room = [(0, 0)] * 4 + [(0, length - self.length), (0, 0)]
-        return Cache(jnp.pad(self.k, room), jnp.pad(self.v, room))
+
+class RowPlaces(NamedTuple):
+    """Which rows belong to which prompt, and which columns of the ring each row may read; see `row_attention`."""
+
+    members: Int[Array, "G M"]
+    place: Int[Array, "R"]
+    column: Int[Array, ""]  # to write
+    visible: Bool[Array, "R U"]  # that column included
 
 
 class DecoderLayer(nnx.Module):
@@ -125,7 +131,8 @@ class Decoder(nnx.Module):
 
     def prefill(
         self, hidden: Shaped[Array, "P S D"], positions: Int[Array, "P S 3"], segments: Int[Array, "P S"]
-    ) -> tuple[Shaped[Array, "P S D"], Prefix]:
+    ) -> tuple[Shaped[Array, "P S D"], Shaped[Array, "layer P K S H"], Shaped[Array, "layer P K S H"]]:
+        """Final hidden states of the prompts, and each layer's keys and values."""
         rope = self.rope(positions)
         graphdef, layers = nnx.split(self.layers)
 
@@ -135,7 +142,7 @@ class Decoder(nnx.Module):
             return block.finish(hidden, self.causal_attention(q, k, v, segments)), (k, v)
 
         hidden, (k, v) = scan_layers(body, hidden, layers)
-        return self.norm(hidden), Prefix(k, v, segments > 0)
+        return self.norm(hidden), k, v
 
     def group_forward(
         self,
@@ -170,35 +177,62 @@ class Decoder(nnx.Module):
 
     def decode_step(
         self,
-        hidden: Shaped[Array, "P M D"],
-        positions: Int[Array, "P M 3"],
+        hidden: Shaped[Array, "R D"],
+        positions: Int[Array, "R"],
         prefix: Prefix,
         cache: Cache,
-        index: Int[Array, ""],
-    ) -> tuple[Shaped[Array, "P M D"], Cache]:
-        """Write token number `index` of every sample into the cache and return its final hidden state."""
-        rope = self.rope(positions[:, :, None])
-        mask = (jnp.arange(cache.length) <= index)[None]
-        graphdef, layers = nnx.split(self.layers)
+        places: RowPlaces,
+        layers: Sequence[nnx.State] | None = None,
+    ) -> tuple[Shaped[Array, "R D"], Cache]:
+        """Write one token of every row into the cache and return its final hidden state.
 
-        def body(carry, layer):
-            hidden, cache_k, cache_v = carry
-            state, prefix_k, prefix_v, number = layer
+        With `layers`, the weights of each layer as an array of its own (`separate_layers`), prefix and cache are tuples, and
+        the layers are written out; without, all of them are stacked, and the layers are a loop.
+        """
+        rope = self.rope(jnp.broadcast_to(positions[:, None, None], (len(positions), 1, 3)))
+        graphdef, stacked = nnx.split(self.layers)
+
+        def layer(hidden, state, prefix_k, prefix_v, cache, number):
             block = nnx.merge(graphdef, state)
             q, k, v = block.qkv(hidden, rope)
-            start = (number, 0, 0, 0, index, 0)
-            cache_k = jax.lax.dynamic_update_slice(cache_k, k[None].astype(cache_k.dtype), start)
-            cache_v = jax.lax.dynamic_update_slice(cache_v, v[None].astype(cache_v.dtype), start)
-            own_k, own_v = (jax.lax.dynamic_index_in_dim(c, number, keepdims=False) for c in (cache_k, cache_v))
-            context = prefix_attention(q, prefix_k, prefix_v, prefix.mask, own_k, own_v, mask)
-            return (block.finish(hidden, context), cache_k, cache_v), None
+            cache, own_k, own_v = _write(cache, k, v, places.column, number)
+            context = row_attention(
+                q[:, 0], prefix_k, prefix_v, prefix.mask, own_k, own_v, places.visible, places.members, places.place
+            )
+            return block.finish(hidden, context[:, None]), cache
 
-        numbers = jnp.arange(self.config.num_hidden_layers)
-        carry = (hidden[:, :, None], cache.k, cache.v)
-        (hidden, k, v), _ = scan_layers(body, carry, (layers, prefix.k, prefix.v, numbers))
-        return self.norm(hidden)[:, :, 0], Cache(k, v)
+        hidden = hidden[:, None]
+        if layers is None:
+            numbers = jnp.arange(self.config.num_hidden_layers)
+            (hidden, cache), _ = jax.lax.scan(
+                lambda carry, each: (layer(carry[0], *each[:3], carry[1], each[3]), None),
+                (hidden, cache),
+                (stacked, prefix.k, prefix.v, numbers),
+            )
+        else:
+            caches = []
+            for state, prefix_k, prefix_v, k, v in zip(layers, prefix.k, prefix.v, cache.k, cache.v, strict=True):
+                hidden, written = layer(hidden, state, prefix_k, prefix_v, Cache(k, v), None)
+                caches.append(written)
+            cache = Cache(tuple(each.k for each in caches), tuple(each.v for each in caches))
+        return self.norm(hidden)[:, 0], cache
 
-    def empty_cache(self, prompts: int, samples: int, dtype: DTypeLike) -> Cache:
-        config = self.config
-        shape = (config.num_hidden_layers, prompts, samples, config.num_key_value_heads, 0, config.head_dim)
-        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    def separate_layers(self) -> tuple[nnx.State, ...]:
+        """The weights of each layer as arrays of their own: on CPU, XLA copies a layer out of its stack at every use."""
+        _, stacked = nnx.split(self.layers)
+        return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(self.config.num_hidden_layers))
+
+
+def _write(cache: Cache, k: Array, v: Array, column: Array, number: Array | None) -> tuple[Cache, Array, Array]:
+    """The cache with one more column, and its keys and values of this layer; `number` is the layer's place in a stack."""
+
+    def one(held: Any, new: Array) -> tuple[Array, Array]:
+        new, at = new.astype(held.dtype), (0, 0, column, 0)
+        if number is None:
+            held = jax.lax.dynamic_update_slice(held, new, at)
+            return held, held
+        held = jax.lax.dynamic_update_slice(held, new[None], (number, *at))
+        return held, jax.lax.dynamic_index_in_dim(held, number, keepdims=False)
+
+    (held_k, own_k), (held_v, own_v) = one(cache.k, k), one(cache.v, v)
+    return Cache(held_k, held_v), own_k, own_v
