@@ -70,22 +70,32 @@ def row_attention(
     k: Shaped[Array, "R K U H"],
     v: Shaped[Array, "R K U H"],
     mask: Bool[Array, "R U"],
-    members: Int[Array, "G M"],
-    place: Int[Array, "R"],
+    members: Int[Array, "lane g M"],
+    place: Int[Array, "lane r"],
 ) -> Shaped[Array, "R N H"]:
     """The same for one query of each of R rows, which belong to G prompts in any order.
 
-    `members` are the rows of each prompt, filled up with any row; row r stands at `place[r]` of the flattened members. Only
-    queries and results are moved between the two orders, never keys.
+    Rows and prompts are those of lane 0, lane 1, …, and a row's prompt is in its lane. `members` are the rows of each prompt,
+    counted in their lane and filled up with any row; a row stands at `place` of its lane's flattened members. Only queries
+    and results are moved between the two orders, never keys.
     """
+    num_lanes, _, samples = members.shape
     rows, heads, dim = q.shape
-    shared = partial_attention(q[members], prefix_k, prefix_v, prefix_mask[:, None])
+    queries = take_in_lanes(q, members.reshape(num_lanes, -1)).reshape(-1, samples, heads, dim)
+    shared = partial_attention(queries, prefix_k, prefix_v, prefix_mask[:, None])
     own = partial_attention(q[:, None], k, v, mask[:, None])
 
     def per_row(x: Array) -> Array:
-        return x.swapaxes(1, 2).reshape(-1, heads, x.shape[-1])[place][:, :, None]
+        return take_in_lanes(x.swapaxes(1, 2).reshape(-1, heads, x.shape[-1]), place)[:, :, None]
 
     return merged(Partial(*map(per_row, shared)), own).reshape(rows, heads, dim).astype(v.dtype)
+
+
+def take_in_lanes(x: Shaped[Array, "I *rest"], index: Int[Array, "lane o"]) -> Shaped[Array, "O *rest"]:
+    """Rows of each lane's own share of x, so that lanes on several devices exchange nothing."""
+    lanes = len(index)
+    taken = jax.vmap(lambda x, index: x[index])(x.reshape(lanes, -1, *x.shape[1:]), index)
+    return taken.reshape(-1, *x.shape[1:])
 
 
 def partial_attention(

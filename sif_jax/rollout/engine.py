@@ -131,8 +131,7 @@ def stream(
             return
         plan = schedule.plan(more=queue.next is not None)
         if cache is None:
-            width = plan.rows.tokens.shape[1]
-            cache = programs.empty_cache(text, slots.lanes, width, plan.ring, dtype, separate=separate)
+            cache = programs.empty_cache(text, len(plan.rows.tokens), plan.ring, dtype, separate=separate)
         elif plan.source is not None:
             old = programs.ring_length(cache)
             cache = programs.rearrange(cache, plan.source, np.int32(column), length=plan.ring)
@@ -227,7 +226,7 @@ def _room_for(pool: Pool | None, unit: Prompts, text: TextConfig, slots: Slots, 
     """A pool whose prompts may be as long as those of the unit."""
     length = unit.batch["tokens"].shape[1]
     if pool is None:
-        return programs.empty_pool(text, slots.lanes, slots.prompts, length, dtype, separate=separate)
+        return programs.empty_pool(text, slots.lanes * slots.prompts, length, dtype, separate=separate)
     return programs.lengthen(pool, length=max(length, programs.pool_length(pool)))
 
 

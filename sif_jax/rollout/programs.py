@@ -1,7 +1,7 @@
 """The compiled programs of a rollout: prompts into the pool, tokens for the rows, rows into another order (pure).
 
-A lane is a device's share of the work: its own prompts, rows and cache. All lanes run one program in step; arrays carry them
-as an axis, which is split over the devices where there are several.
+A lane is a device's share of the work: its own prompts, rows and cache. All lanes run one program in step; arrays hold the rows
+(or prompts) of lane 0, lane 1, … in one axis, which is split over the devices where there are several.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from sif_jax.models.qwen2_5_vl.config import TextConfig
 from sif_jax.models.qwen2_5_vl.decoder import Cache, Prefix, RowPlaces
 from sif_jax.models.qwen2_5_vl.model import Batch, Qwen2_5_VL
+from sif_jax.ops.attention import take_in_lanes
 from sif_jax.parallel.lanes import split_lanes
 from sif_jax.rollout.sampling import Sampling, choose
 from sif_jax.rollout.schedule import Emitted, Rows, Spread
@@ -26,22 +27,22 @@ Layers = tuple[nnx.State, ...] | None  # each layer's weights as arrays of their
 
 
 class Pool(NamedTuple):
-    """What decoding needs of the prompts, in G slots per lane."""
+    """What decoding needs of the prompts: G slots per lane."""
 
     prefix: Prefix
-    starts: Int[Array, "lane G"]  # M-RoPE position of the first new token
-    logits: Float[Array, "lane G V"]  # after the prompt's last token
+    starts: Int[Array, "slots"]  # M-RoPE position of the first new token
+    logits: Float[Array, "slots V"]  # after the prompt's last token
 
 
 class _Loop(NamedTuple):
     step: Int[Array, ""]
     column: Int[Array, ""]  # last written
-    tokens: Int[Array, "lane R"]
-    lengths: Int[Array, "lane R"]
-    live: Bool[Array, "lane R"]
+    tokens: Int[Array, "rows"]
+    lengths: Int[Array, "rows"]
+    live: Bool[Array, "rows"]
     cache: Cache
-    emitted_tokens: Int[Array, "lane R column"]
-    emitted_logprobs: Float[Array, "lane R column"]
+    emitted_tokens: Int[Array, "rows column"]
+    emitted_logprobs: Float[Array, "rows column"]
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -60,29 +61,26 @@ def next_positions(batch: Batch) -> Int[Array, "P"]:
     return jnp.max(jnp.where((batch["segments"] > 0)[..., None], batch["positions"], -1), axis=(1, 2)) + 1
 
 
-@partial(jax.jit, static_argnames=("config", "lanes", "slots", "length", "dtype", "separate"))
-def empty_pool(config: TextConfig, lanes: int, slots: int, length: int, dtype: DTypeLike, *, separate: bool) -> Pool:
-    """Room for `slots` prompts of `length` tokens in each lane."""
-    shape = (lanes, slots, config.num_key_value_heads, length, config.head_dim)
-    prefix = Prefix(
-        _zeros(config, shape, dtype, separate),
-        _zeros(config, shape, dtype, separate),
-        jnp.zeros((*shape[:2], length), bool),
-    )
-    logits = split_lanes(jnp.zeros((lanes, slots, config.vocab_size), jnp.float32))
-    return Pool(prefix, jnp.zeros((lanes, slots), jnp.int32), logits)
+@partial(jax.jit, static_argnames=("config", "slots", "length", "dtype", "separate"))
+def empty_pool(config: TextConfig, slots: int, length: int, dtype: DTypeLike, *, separate: bool) -> Pool:
+    """Room for `slots` prompts (of all lanes) of `length` tokens."""
+    cache = empty_cache(config, slots, length, dtype, separate=separate)
+    prefix = Prefix(cache.k, cache.v, split_lanes(jnp.zeros((slots, length), bool)))
+    logits = split_lanes(jnp.zeros((slots, config.vocab_size), jnp.float32))
+    return Pool(prefix, split_lanes(jnp.zeros(slots, jnp.int32)), logits)
 
 
-@partial(jax.jit, static_argnames=("config", "lanes", "rows", "length", "dtype", "separate"))
-def empty_cache(config: TextConfig, lanes: int, rows: int, length: int, dtype: DTypeLike, *, separate: bool) -> Cache:
-    shape = (lanes, rows, config.num_key_value_heads, length, config.head_dim)
-    return Cache(_zeros(config, shape, dtype, separate), _zeros(config, shape, dtype, separate))
+@partial(jax.jit, static_argnames=("config", "rows", "length", "dtype", "separate"))
+def empty_cache(config: TextConfig, rows: int, length: int, dtype: DTypeLike, *, separate: bool) -> Cache:
+    """A ring of `length` columns for the rows of all lanes."""
+    layers, shape = config.num_hidden_layers, (rows, config.num_key_value_heads, length, config.head_dim)
 
+    def zeros() -> Any:
+        if separate:
+            return tuple(split_lanes(jnp.zeros(shape, dtype)) for _ in range(layers))
+        return split_lanes(jnp.zeros((layers, *shape), dtype), axis=1)
 
-def _zeros(config: TextConfig, shape: tuple[int, ...], dtype: DTypeLike, separate: bool) -> Any:
-    if separate:
-        return tuple(split_lanes(jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers))
-    return split_lanes(jnp.zeros((config.num_hidden_layers, *shape), dtype), axis=1)
+    return Cache(zeros(), zeros())
 
 
 @partial(jax.jit, static_argnames=("graphdef", "spread"), donate_argnames="pool")
@@ -96,7 +94,7 @@ def prefill(
     *,
     spread: Spread,
 ) -> Pool:
-    """Compute prompts (one per row, padded on the right) once, and write each into its slot; slot G: nowhere.
+    """Compute prompts (one per row, padded on the right) once, and write each into its slot of its lane; slot G: nowhere.
 
     The rows of `batch` are those of lane 0, lane 1, …; or, where lanes share out samples, of every lane.
     """
@@ -112,10 +110,12 @@ def prefill(
         return jnp.broadcast_to(x[None], (lanes, *x.shape))
 
     def put(held: Array, new: Array) -> Array:
-        """Of any array that has the prompts' axis first, or their tokens' axis too long to fit."""
-        room = [(0, full - size) for full, size in zip(held.shape[2:], new.shape[1:])]
+        """Of any array that has the prompts' axis first; a shorter prompt is filled up."""
+        room = [(0, full - size) for full, size in zip(held.shape[1:], new.shape[1:])]
         new = by_lane(jnp.pad(new, [(0, 0), *room])).astype(held.dtype)
-        return jax.vmap(lambda held, new, slots: held.at[slots].set(new, mode="drop"))(held, new, slots)
+        split = held.reshape(lanes, -1, *held.shape[1:])
+        put_in = jax.vmap(lambda held, new, slots: held.at[slots].set(new, mode="drop"))
+        return put_in(split, new, slots).reshape(held.shape)
 
     def put_stack(held: Any, new: Shaped[Array, "layer P *rest"]) -> Any:
         if isinstance(held, tuple):
@@ -144,24 +144,20 @@ def decode(
     `column` of the ring was the last one written.
     """
     model: Qwen2_5_VL = nnx.merge(graphdef, *states)
-    keys, width = jax.random.wrap_key_data(rows.keys), ring_length(cache)
-    fresh = (rows.lengths == 0) & (rows.limits > 0)
-    starts = jax.vmap(lambda starts, slots: starts[slots])(pool.starts, rows.slots)
-    stop_ids = jnp.asarray(sampling.stop_ids, jnp.int32)
-    pick = jax.vmap(partial(choose, sampling=sampling))
+    keys, width, lanes = jax.random.wrap_key_data(rows.keys), ring_length(cache), len(rows.patience)
+    fresh, occupied = (rows.lengths == 0) & (rows.limits > 0), rows.limits > 0
+    starts, stop_ids = take_in_lanes(pool.starts, rows.slots), jnp.asarray(sampling.stop_ids, jnp.int32)
 
-    def alive(tokens: Array, lengths: Array) -> Bool[Array, "lane R"]:
+    def alive(tokens: Array, lengths: Array) -> Bool[Array, "rows"]:
         return (lengths < rows.limits) & ~jnp.isin(tokens, stop_ids)
 
     def first() -> tuple[Array, Array]:
-        logits = jax.vmap(lambda logits, slots: logits[slots])(pool.logits, rows.slots)
-        return pick(logits, keys, jnp.zeros_like(rows.lengths))
+        return choose(take_in_lanes(pool.logits, rows.slots), keys, jnp.zeros_like(rows.lengths), sampling)
 
     none = rows.tokens, jnp.zeros(rows.tokens.shape, jnp.float32)
     tokens, logprobs = jax.lax.cond(fresh.any(), first, lambda: none)
     tokens, lengths = jnp.where(fresh, tokens, rows.tokens), rows.lengths + fresh
-    shape = (*tokens.shape, 1 + max_steps)
-    occupied = rows.limits > 0
+    shape = (len(tokens), 1 + max_steps)
     loop = _Loop(
         jnp.int32(0),
         column,
@@ -169,31 +165,25 @@ def decode(
         lengths,
         occupied & alive(tokens, lengths),
         cache,
-        jnp.zeros(shape, jnp.int32).at[..., 0].set(tokens),
-        jnp.zeros(shape, jnp.float32).at[..., 0].set(logprobs),
+        jnp.zeros(shape, jnp.int32).at[:, 0].set(tokens),
+        jnp.zeros(shape, jnp.float32).at[:, 0].set(logprobs),
     )
 
     def going(loop: _Loop) -> Bool[Array, ""]:
-        live, ended = loop.live.sum(-1), (occupied & ~loop.live).sum(-1)
+        live, ended = (x.reshape(lanes, -1).sum(-1) for x in (loop.live, occupied & ~loop.live))
         return (loop.step < max_steps) & jnp.all(ended < rows.patience) & (live.max() > rows.shrink_at)
 
     def step(loop: _Loop) -> _Loop:
         column = (loop.column + 1) % width
         age = (column - jnp.arange(width)) % width
-        logits, cache = _next_logits(
-            model,
-            layers,
-            loop.tokens,
-            starts + loop.lengths - 1,
-            pool.prefix,
-            loop.cache,
-            rows,
-            column,
-            age[None, None] < loop.lengths[..., None],
+        places = RowPlaces(rows.members, rows.place, column, age[None] < loop.lengths[:, None])
+        positions = starts + loop.lengths - 1
+        hidden, cache = model.decoder.decode_step(
+            model.embed(loop.tokens), positions, pool.prefix, loop.cache, places, layers
         )
-        tokens, logprobs = pick(logits, keys, loop.lengths)
+        tokens, logprobs = choose(model.logits(hidden), keys, loop.lengths, sampling)
         tokens = jnp.where(loop.live, tokens, loop.tokens)
-        lengths, at = loop.lengths + loop.live, (0, 0, 1 + loop.step)
+        lengths, at = loop.lengths + loop.live, (0, 1 + loop.step)
         return _Loop(
             loop.step + 1,
             column,
@@ -201,41 +191,18 @@ def decode(
             lengths,
             loop.live & alive(tokens, lengths),
             cache,
-            jax.lax.dynamic_update_slice(loop.emitted_tokens, tokens[..., None], at),
-            jax.lax.dynamic_update_slice(loop.emitted_logprobs, logprobs[..., None], at),
+            jax.lax.dynamic_update_slice(loop.emitted_tokens, tokens[:, None], at),
+            jax.lax.dynamic_update_slice(loop.emitted_logprobs, logprobs[:, None], at),
         )
 
     loop = jax.lax.while_loop(going, step, loop)
     return loop.cache, Emitted(loop.emitted_tokens, loop.emitted_logprobs, loop.lengths, loop.step)
 
 
-def _next_logits(
-    model: Qwen2_5_VL,
-    layers: Layers,
-    tokens: Int[Array, "lane R"],
-    positions: Int[Array, "lane R"],
-    prefix: Prefix,
-    cache: Cache,
-    rows: Rows,
-    column: Int[Array, ""],
-    visible: Bool[Array, "lane R U"],
-) -> tuple[Float[Array, "lane R V"], Cache]:
-    axis = 1 if layers is None else 0  # stacked arrays have their layers first
-    in_prefix: Any = Prefix(axis, axis, 0)  # type: ignore[arg-type]
-    in_cache: Any = Cache(axis, axis)  # type: ignore[arg-type]
-
-    def lane(tokens, positions, prefix, cache, members, place, visible):
-        places = RowPlaces(members, place, column, visible)
-        hidden, cache = model.decoder.decode_step(model.embed(tokens), positions, prefix, cache, places, layers)
-        return model.logits(hidden), cache
-
-    over_lanes = jax.vmap(lane, in_axes=(0, 0, in_prefix, in_cache, 0, 0, 0), out_axes=(0, in_cache))
-    return over_lanes(tokens, positions, prefix, cache, rows.members, rows.place, visible)
-
-
 @partial(jax.jit, static_argnames="length")
-def rearrange(cache: Cache, rows: Int[Array, "lane R"], column: Int[Array, ""], *, length: int) -> Cache:
-    """A cache of these rows in this order, its ring `length` columns long, the last one written at `last_column`.
+def rearrange(cache: Cache, source: Int[Array, "lane R"], column: Int[Array, ""], *, length: int) -> Cache:
+    """A cache of these rows of each lane in this order, its ring `length` columns long, the last one written at
+    `last_column`.
 
     A row that is not in the old cache may be any; of a shorter ring the newest columns are kept.
     """
@@ -244,10 +211,9 @@ def rearrange(cache: Cache, rows: Int[Array, "lane R"], column: Int[Array, ""], 
     columns = (column - ages) % width
 
     def moved(held: Array) -> Array:
-        take = jax.vmap(lambda held, rows: held[rows][..., columns, :])
-        return take(held, rows) if isinstance(cache.k, tuple) else jax.vmap(take, in_axes=(0, None))(held, rows)
+        return take_in_lanes(held, source)[..., columns, :]
 
-    return jax.tree.map(moved, cache)
+    return jax.tree.map(moved if isinstance(cache.k, tuple) else jax.vmap(moved), cache)
 
 
 def last_column(old_length: int, length: int) -> int:
@@ -264,7 +230,7 @@ def lengthen(pool: Pool, *, length: int) -> Pool:
         return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, room), (0, 0)])
 
     k, v = jax.tree.map(longer, (pool.prefix.k, pool.prefix.v))
-    return pool._replace(prefix=Prefix(k, v, jnp.pad(pool.prefix.mask, [(0, 0), (0, 0), (0, room)])))
+    return pool._replace(prefix=Prefix(k, v, jnp.pad(pool.prefix.mask, [(0, 0), (0, room)])))
 
 
 def pool_length(pool: Pool) -> int:

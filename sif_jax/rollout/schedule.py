@@ -24,13 +24,13 @@ Spread = Literal["prompts", "samples"]  # what the lanes share out: the prompts,
 
 
 class Rows(NamedTuple):
-    """What is going on in the R rows of each lane."""
+    """What is going on in the rows: R of lane 0, then R of lane 1, …"""
 
-    tokens: Int[Any, "lane R"]  # the last one chosen, not in the cache yet
-    lengths: Int[Any, "lane R"]  # tokens chosen so far; 0: the first comes from the prompt's logits
-    limits: Int[Any, "lane R"]  # tokens at most; 0: the row is empty
-    slots: Int[Any, "lane R"]  # of the prompt in the pool
-    keys: UInt32[Any, "lane R word"]
+    tokens: Int[Any, "rows"]  # the last one chosen, not in the cache yet
+    lengths: Int[Any, "rows"]  # tokens chosen so far; 0: the first comes from the prompt's logits
+    limits: Int[Any, "rows"]  # tokens at most; 0: the row is empty
+    keys: UInt32[Any, "rows word"]
+    slots: Int[Any, "lane R"]  # of the prompt in its lane's pool
     members: Int[Any, "lane G M"]  # see `row_attention`
     place: Int[Any, "lane R"]
     patience: Int[Any, "lane"]  # come back when so many rows of a lane have ended
@@ -40,9 +40,9 @@ class Rows(NamedTuple):
 class Emitted(NamedTuple):
     """Column 0 holds the first tokens of fresh rows, column 1 + i what step i chose."""
 
-    tokens: Int[Any, "lane R column"]
-    logprobs: Float[Any, "lane R column"]
-    lengths: Int[Any, "lane R"]  # tokens chosen so far
+    tokens: Int[Any, "rows column"]
+    logprobs: Float[Any, "rows column"]
+    lengths: Int[Any, "rows"]  # tokens chosen so far
     steps: Int[Any, ""]
 
 
@@ -75,7 +75,7 @@ class Task:
 class Plan(NamedTuple):
     """The next call of `decode`."""
 
-    source: Int[np.ndarray, "lane R"] | None  # where each row comes from, when the cache changes its shape
+    source: Int[np.ndarray, "lane R"] | None  # where in its lane each row comes from, when the cache changes its shape
     ring: int
     rows: Rows
 
@@ -183,15 +183,16 @@ class Schedule:
 
     def take(self, emitted: Emitted) -> list[Task]:
         """Hand the tokens to their samples; returns those that have ended."""
-        tokens, logprobs, lengths, steps = map(np.asarray, emitted)
+        lanes = len(self._lanes)
+        tokens, logprobs, lengths = (np.asarray(x).reshape(lanes, -1, *x.shape[1:]) for x in emitted[:3])
         ended = []
         for number, lane in enumerate(self._lanes):
             for row, task in lane.live():
                 if self._extend(task, tokens[number, row], logprobs[number, row], int(lengths[number, row])):
                     lane.end(row, task)
                     ended.append(task)
-        self._usage.steps += int(steps)
-        self._usage.row_steps += int(steps) * len(self._lanes[0].rows) * len(self._lanes)
+        self._usage.steps += int(emitted.steps)
+        self._usage.row_steps += int(emitted.steps) * emitted.lengths.size
         return ended
 
     def _resize(self, lane: _Lane, width: int) -> list[int]:
@@ -217,9 +218,10 @@ class Schedule:
         for number, lane in enumerate(self._lanes):
             filled = [0] * slots.prompts
             for row, task in lane.live():
-                rows.tokens[number, row] = task.ids[-1] if task.ids else 0
-                rows.lengths[number, row], rows.limits[number, row] = len(task.ids), task.limit
-                rows.slots[number, row], rows.keys[number, row] = task.slot, task.key
+                flat = number * width + row
+                rows.tokens[flat] = task.ids[-1] if task.ids else 0
+                rows.lengths[flat], rows.limits[flat], rows.keys[flat] = len(task.ids), task.limit, task.key
+                rows.slots[number, row] = task.slot
                 rows.members[number, task.slot, filled[task.slot]] = row
                 rows.place[number, row] = task.slot * slots.samples + filled[task.slot]
                 filled[task.slot] += 1
@@ -247,18 +249,19 @@ class Schedule:
 
 
 def _empty_rows(slots: Slots, width: int) -> Rows:
-    def zeros(*shape: int) -> np.ndarray:
-        return np.zeros((slots.lanes, *shape), np.int32)
+    def zeros(*shape: int) -> Int[np.ndarray, "*shape"]:
+        return np.zeros(shape, np.int32)
 
+    rows = slots.lanes * width
     return Rows(
-        tokens=zeros(width),
-        lengths=zeros(width),
-        limits=zeros(width),
-        slots=zeros(width),
-        keys=zeros(width, KEY_WORDS).astype(np.uint32),
-        members=zeros(slots.prompts, slots.samples),
-        place=zeros(width),
-        patience=zeros() + NEVER,
+        tokens=zeros(rows),
+        lengths=zeros(rows),
+        limits=zeros(rows),
+        keys=np.zeros((rows, KEY_WORDS), np.uint32),
+        slots=zeros(slots.lanes, width),
+        members=zeros(slots.lanes, slots.prompts, slots.samples),
+        place=zeros(slots.lanes, width),
+        patience=zeros(slots.lanes) + NEVER,
         shrink_at=np.int32(0),
     )
 

@@ -50,8 +50,8 @@ class Cache(NamedTuple):
 class RowPlaces(NamedTuple):
     """Which rows belong to which prompt, and which columns of the ring each row may read; see `row_attention`."""
 
-    members: Int[Array, "G M"]
-    place: Int[Array, "R"]
+    members: Int[Array, "lane g M"]
+    place: Int[Array, "lane r"]
     column: Int[Array, ""]  # to write
     visible: Bool[Array, "R U"]  # that column included
 
