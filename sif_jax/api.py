@@ -29,6 +29,7 @@ from sif_jax.models.qwen2_5_vl.model import Batch
 from sif_jax.models.qwen2_5_vl.weights import save_model
 from sif_jax.rollout.engine import encode_images, generate
 from sif_jax.rollout.sampling import Sampling, sample_keys
+from sif_jax.rollout.stops import before_stop
 
 TOKEN_STEP, PATCH_STEP = 256, 256  # inputs are padded to multiples, so that few programs are compiled
 
@@ -104,28 +105,81 @@ class VLM:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        max_length: int | None = None,
         seed: int = 0,
     ) -> list[Completion]:
-        """`num_samples` answers; temperature 0 is greedy. The same seed gives the same samples."""
+        """`num_samples` answers; temperature 0 is greedy. The same seed gives the same samples.
+
+        A completion ends with the model's own end of turn, one of `stop_ids`, or where a string of `stop` is complete; that
+        string is not in its text, its tokens are in its ids. Prompt and completion have room for `max_length` tokens, by
+        default what the model was made for.
+
+        Raises:
+          InputError: nothing to sample, settings out of range, or no room; nothing has been computed then.
+        """
+        processor = self.processor
+        sampling = Sampling(
+            max_new_tokens,
+            (*processor.eos_ids, *stop_ids),
+            processor.forbidden_ids(self.config.text.vocab_size),
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            tuple(stop) if not isinstance(stop, str) else (stop,),
+        )
+        inputs = self.encode(messages)
+        self._check_room(inputs, max_new_tokens, max_length)
         if num_samples < 1:
             raise InputError("nothing to sample", value=num_samples, expected="num_samples >= 1")
-        processor = self.processor
-        forbidden = processor.forbidden_ids(self.config.text.vocab_size)
-        sampling = Sampling(max_new_tokens, processor.eos_ids, forbidden, temperature, top_k, top_p)
-        batch, states = self._batch(self.encode(messages)), (self.state,)
+        batch, states = self._batch(inputs), (self.state,)
         keys = sample_keys(seed, 0, np.zeros(1, np.int32), num_samples)
         features = encode_images(self.graphdef, states, batch)
-        rollout = generate(self.graphdef, states, batch, features, keys, sampling=sampling, pad_id=processor.pad_id)
+        rollout = generate(
+            self.graphdef,
+            states,
+            batch,
+            features,
+            keys,
+            sampling=sampling,
+            pad_id=processor.pad_id,
+            decode_text=processor.decode,
+        )
         rows = zip(*(np.asarray(x[0]) for x in rollout), strict=True)
         return [
             Completion(
-                processor.decode(ids[:length]),
+                before_stop(processor.decode(ids[:length]), sampling.stop),
                 ids[:length].tolist(),
                 logprobs[:length].tolist(),
                 "stop" if finished else "length",
             )
             for ids, logprobs, length, finished in rows
         ]
+
+    def _check_room(self, inputs: Encoded, max_new_tokens: int, max_length: int | None) -> None:
+        limit, prompt = max_length or self.config.text.max_positions, len(inputs.tokens)
+        shown = [len(image.patches) // self.config.vision.merge_unit for image in inputs.images]
+        largest = max(shown, default=0)
+        if largest >= limit:
+            raise InputError(
+                f"image {shown.index(largest) + 1} has more tokens than the sequence",
+                value=largest,
+                expected=f"fewer than max_length={limit}",
+                fix="lower max_pixels, or raise max_length",
+            )
+        if prompt + max_new_tokens > limit:
+            room = limit - prompt
+            raise InputError(
+                "the prompt is longer than the cache" if room < 1 else "no room for so many new tokens",
+                value=f"{prompt} prompt tokens, {sum(shown)} of them images, and max_new_tokens={max_new_tokens}",
+                expected=f"at most max_length={limit} together",
+                fix="lower max_pixels, shorten the prompt, or raise max_length"
+                if room < 1
+                else f"set max_new_tokens={room} or less",
+            )
 
     def merged(self) -> VLM:
         """The same model with its adapter folded into the weights; this one stays as it is."""

@@ -90,13 +90,16 @@ def bench() -> None:
     """Measure memory, time and precision on this machine."""
 
 
-def _command(group: click.Group, name: str, kind: type[Kind]) -> Callable[[Callable[..., None]], click.Command]:
-    """Register a function of a config (and of its own options) as a command."""
+def _command(
+    group: click.Group, name: str, kind: type[Kind], *, as_keys: Sequence[str] = ()
+) -> Callable[[Callable[..., None]], click.Command]:
+    """Register a function of a config (and of its own options) as a command; options `as_keys` set the key of their name."""
 
     def decorate(function: Callable[..., None]) -> click.Command:
         @functools.wraps(function)
         def run(words: Sequence[str], print_config: bool, **options: Any) -> None:
-            config = _config(kind, words)
+            given = {name: options.pop(name) for name in as_keys}
+            config = _config(kind, [*words, *(f"{name}={value}" for name, value in given.items() if value is not None)])
             if print_config:
                 click.echo(config_text(config), nl=False)
             else:
@@ -210,26 +213,31 @@ def ablate(config: AblationConfig, dry_run: bool) -> None:
     click.echo(f"{table.read_text()}\n{table}")
 
 
-@_command(main, "generate", GenerateConfig)
+@_command(main, "generate", GenerateConfig, as_keys=("depth", "overlay"))
+@click.option("--depth", metavar="FILE|none", help="The same as depth=FILE; none: the prompt shows the image alone.")
+@click.option("--overlay", metavar="FILE|none", help="The same as overlay=FILE; none: no picture is written.")
 def generate(config: GenerateConfig) -> None:
-    """Answer one question about one image.
+    """Answer one question about one image, and draw the trace on it.
 
     \b
     Example: sif-jax generate model.path=runs/paper-grpo image=street.jpg depth=street-depth.png question='Which car is nearer?'
+             sif-jax generate --depth none model.path=runs/paper-grpo image=street.jpg question='Which car is nearer?'
     """
     from sif_jax.api import load
     from sif_jax.models.qwen2_5_vl.chat import messages_with_images
     from sif_jax.sif.prompts import user_text
+    from sif_jax.training.trace_picture import save_traces
 
-    prompt, sampling = config.prompt, config.sampling
-    text = user_text(config.question, prompt.depth_input, prompt.with_depth_words)
-    images = [config.image, config.depth] if prompt.depth_input else [config.image]
+    text = user_text(config.question, config.depth_shown, config.prompt.with_depth_words)
+    messages = messages_with_images([{"role": "user", "content": text}], config.images)
     vlm = load(
         **config.model.model_dump(include={"path", "adapter", "dtype", "min_pixels", "max_pixels", "other_pixels"})
     )
-    messages = messages_with_images([{"role": "user", "content": text}], images)
-    for completion in vlm.generate(messages, **sampling.model_dump()):
-        click.echo(completion.text)
+    completions = [completion.text for completion in vlm.generate(messages, **config.sampling.model_dump())]
+    for completion in completions:
+        click.echo(completion)
+    for file in save_traces(completions, config.images, config.picture):
+        click.echo(f"drawn: {file}", err=True)
 
 
 @_command(main, "export", ExportConfig)

@@ -121,21 +121,35 @@ def test_eval_and_demo_hand_their_configs_over(implementation):
     assert invoke("demo", "root=here").output == "here\n"
 
 
-def test_generate_asks_in_the_prompt_of_the_config(implementation):
+def test_generate_asks_in_the_prompt_of_the_config_and_draws_the_trace(implementation, tmp_path, monkeypatch):
     seen = {}
+    monkeypatch.chdir(tmp_path)
+    for name, size in (("i.png", (60, 40)), ("d.png", (60, 40))):
+        Image.new("RGB", size, "white").save(name)
 
     def generate(messages, **sampling):
         seen.update(messages=messages, sampling=sampling)
-        return [types.SimpleNamespace(text="<answer>blue</answer>")]
+        return [types.SimpleNamespace(text=TRACE)] * sampling["num_samples"]
 
     implementation("sif_jax.api", "load", lambda path, **options: types.SimpleNamespace(generate=generate))
     asked = ["model.path=m", "image=i.png", "depth=d.png", "question=Which: near?", "sampling.seed=3"]
     result = invoke("generate", *asked)
-    assert result.output == "<answer>blue</answer>\n", result.exception
+    assert (result.stdout, result.stderr) == (f"{TRACE}\n", "drawn: i-trace.png\n"), result.exception
+    assert Image.open("i-trace.png").width > 2 * 60, "the image and the depth map"
     parts = seen["messages"][0]["content"]
     assert [part["image"] for part in parts if part["type"] == "image"] == ["i.png", "d.png"]
     assert any("Which: near? " in part["text"] for part in parts if part["type"] == "text")
     assert seen["sampling"] == load_config(GenerateConfig, None, asked).sampling.model_dump()
+
+    result = invoke("generate", "--depth", "none", "--overlay", "o.png", *asked[:2], asked[3], "sampling.num_samples=2")
+    assert result.stderr == "drawn: o-1.png\ndrawn: o-2.png\n"
+    parts = seen["messages"][0]["content"]
+    assert [part["image"] for part in parts if part["type"] == "image"] == ["i.png"]
+    assert not any("Depth image" in part["text"] for part in parts if part["type"] == "text")
+    assert invoke("generate", "--depth", "none", "--overlay", "none", *asked[:2], asked[3]).stderr == ""
+    refused = invoke("generate", "--depth", "none", "--overlay", "nowhere/o.png", *asked[:2], asked[3])
+    assert refused.exit_code == 2
+    assert "nowhere/o.png: cannot write the picture" in refused.stderr
 
 
 def test_bad_input_is_one_line_on_stderr_and_exit_code_2(implementation):

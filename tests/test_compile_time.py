@@ -10,7 +10,7 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 from sif_jax.bench.workload import abstract_policy, random_batch
-from sif_jax.models.qwen2_5_vl.decoder import Cache, Prefix
+from sif_jax.models.qwen2_5_vl.decoder import Cache, Prefix, RowPlaces
 from sif_jax.training import sft
 from tests.architectures import tiny_architecture
 
@@ -48,20 +48,20 @@ def sft_step(layers: int) -> jax.stages.Lowered:
 def decode_step(layers: int) -> jax.stages.Lowered:
     config = tiny_architecture(layers=layers)
     graphdef, *states = abstract_policy(config)
-    P, M, S, U = 1, 2, 64, 32
+    G, R, S, U = 1, 2, 64, 32
     K, H, D = config.text.num_key_value_heads, config.text.head_dim, config.text.hidden_size
 
     def shape(*dims: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(dims, dtype)
 
-    def step(states, hidden, positions, prefix, cache, index):
-        decoder = nnx.merge(graphdef, *states).decoder
-        return decoder.decode_step(hidden, positions, Prefix(*prefix), Cache(*cache), index)
+    def step(states, hidden, positions, prefix, cache, places):
+        return nnx.merge(graphdef, *states).decoder.decode_step(hidden, positions, prefix, cache, places)
 
-    prefix = (shape(layers, P, K, S, H), shape(layers, P, K, S, H), shape(P, S, dtype=jnp.bool_))
-    cache = (shape(layers, P, M, K, U, H), shape(layers, P, M, K, U, H))
-    hidden, positions = shape(P, M, D), shape(P, M, 3, dtype=jnp.int32)
-    return jax.jit(step).lower(states, hidden, positions, prefix, cache, shape(dtype=jnp.int32))
+    prefix = Prefix(shape(layers, G, K, S, H), shape(layers, G, K, S, H), shape(G, S, dtype=jnp.bool_))
+    cache = Cache(shape(layers, R, K, U, H), shape(layers, R, K, U, H))
+    members, place = shape(1, G, R, dtype=jnp.int32), shape(1, R, dtype=jnp.int32)
+    places = RowPlaces(members, place, shape(dtype=jnp.int32), shape(R, U, dtype=jnp.bool_))
+    return jax.jit(step).lower(states, shape(R, D), shape(R, dtype=jnp.int32), prefix, cache, places)
 
 
 def vision_tower(depth: int) -> jax.stages.Lowered:

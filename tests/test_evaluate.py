@@ -48,7 +48,7 @@ def test_the_same_evaluation_twice_and_in_other_batches_gives_the_same_answers(t
 
 
 def test_a_bare_answer_is_judged_as_a_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("sif_jax.evals.evaluate.decode_rollout", lambda rollout, _: ["left"] * rollout.lengths.size)
+    monkeypatch.setattr("sif_jax.models.qwen2_5_vl.chat.ChatProcessor.decode", lambda self, ids: "left")
     rows = records_of("test")
     for row in rows:
         row["response"] = "left"

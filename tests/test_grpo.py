@@ -104,7 +104,7 @@ def test_a_step_makes_the_better_samples_likelier_and_the_worse_ones_less_likely
     settings = config(tmp_path, "objective.kl_beta=0")
     policy, _, batch, ids = open_all(settings)
     keys = sample_keys(settings.run.seed, 0, ids, settings.num_samples)
-    rollout, features = grpo.sample(policy, (policy.trainable, policy.frozen), batch, keys, settings)
+    rollout, features, _ = grpo.sample(policy, (policy.trainable, policy.frozen), batch, keys, settings)
     shape = rollout.lengths.shape
     advantages = np.broadcast_to(np.array([1.0, 0.0, -1.0], np.float32), shape)
     completions = grpo.to_learn(batch, features, rollout, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
@@ -10,6 +11,8 @@ from sif_jax.config.inputs import DataConfig, ModelConfig, PromptConfig, check_i
 from sif_jax.config.section import Config
 from sif_jax.config.training import RunName
 from sif_jax.errors import InputError
+
+NONE = "none"
 
 
 class EvalConfig(Config):
@@ -35,6 +38,17 @@ class SamplingConfig(Config):
     max_new_tokens: PositiveInt = Field(default=2048, description="longest completion, tokens")
     num_samples: PositiveInt = Field(default=1, description="completions")
     temperature: NonNegativeFloat = Field(default=0.0, description="sampling temperature; 0: greedy")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="sample from the smallest set with this probability; 1: off"
+    )
+    top_k: NonNegativeInt = Field(default=0, description="sample from the k likeliest tokens; 0: off")
+    min_p: float = Field(
+        default=0.0, ge=0, le=1, description="sample from tokens at least so likely, relative to the likeliest; 0: off"
+    )
+    stop: tuple[str, ...] = Field(default=(), description="strings that end a completion; they are not in its text")
+    max_length: PositiveInt | None = Field(
+        default=None, description="prompt and completion, tokens; null: what the model was made for"
+    )
     seed: NonNegativeInt = Field(default=0, description="seed of the sampler")
 
 
@@ -43,7 +57,10 @@ class GenerateConfig(Config):
     prompt: PromptConfig = PromptConfig()
     image: str = Field(description="image file")
     depth: str | None = Field(
-        default=None, description="depth image file (near = 0); needed when prompt.depth_input is true"
+        default=None, description="depth image file (near = 0); none: the prompt shows the image alone"
+    )
+    overlay: str | None = Field(
+        default=None, description="picture to write, with the trace drawn; null: IMAGE-trace.png here; none: no picture"
     )
     question: str = Field(description="the question, without the format instructions")
     sampling: SamplingConfig = SamplingConfig()
@@ -55,9 +72,25 @@ class GenerateConfig(Config):
                 "the prompt shows a depth image, and none is given",
                 value="prompt.depth_input=true",
                 expected="depth=FILE",
-                fix="give depth=FILE, or prompt.depth_input=false",
+                fix="give depth=FILE, or depth=none",
             )
         return self
+
+    @property
+    def images(self) -> list[str]:
+        """What the prompt shows."""
+        return [self.image, self.depth] if self.depth_shown and self.depth else [self.image]
+
+    @property
+    def depth_shown(self) -> bool:
+        return self.prompt.depth_input and self.depth != NONE
+
+    @property
+    def picture(self) -> Path | None:
+        """Where the trace is drawn."""
+        if self.overlay is None:
+            return Path(f"{Path(self.image).stem}-trace.png")
+        return None if self.overlay == NONE else Path(self.overlay)
 
 
 class ExportConfig(Config):

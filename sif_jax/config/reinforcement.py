@@ -179,6 +179,13 @@ class GrpoConfig(TrainConfig):
         default=1.0, gt=0, le=1, description="sample from the smallest set with this probability; 1: off"
     )
     top_k: NonNegativeInt = Field(default=0, description="sample from the k likeliest tokens; 0: off")
+    min_p: float = Field(
+        default=0.0, ge=0, le=1, description="sample from tokens at least so likely, relative to the likeliest; 0: off"
+    )
+    stop: tuple[str, ...] = Field(default=(), description="strings that end a completion, such as </answer>")
+    decode_rows: PositiveInt | None = Field(
+        default=None, description="completions decoded at once, over the whole job; null: all of a step"
+    )
     epochs: PositiveInt = Field(default=20, description="visits to every prompt")
     max_steps: PositiveInt | None = Field(default=None, description="rollouts, whatever epochs says; null: from epochs")
     updates_per_rollout: PositiveInt = Field(default=1, description="optimizer steps on one rollout")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Float64
 
 from sif_jax.config import EvalConfig, dump_config
-from sif_jax.data.batch import Batch
 from sif_jax.data.feed import Feed, open_feed
 from sif_jax.errors import InputError
 from sif_jax.evals.statistics import summarise
@@ -23,9 +23,9 @@ from sif_jax.models.qwen2_5_vl.chat import ChatProcessor
 from sif_jax.models.qwen2_5_vl.checkpoint import open_model, open_processor
 from sif_jax.progress import Progress
 from sif_jax.rewards import score
-from sif_jax.rollout.engine import Rollout, encode_images, generate
+from sif_jax.rollout.engine import Prompts, encode_images, make_slots, split_prompts, stream
 from sif_jax.rollout.sampling import Sampling, sample_keys
-from sif_jax.rollout.text import decode_rollout
+from sif_jax.rollout.schedule import Task
 from sif_jax.sif.record import Record
 
 TERMS = ("format", "answer", "bbox", "depth", "total", "hiou_first", "hiou_last", "hiou_gain", "depth_consistency")
@@ -51,14 +51,13 @@ def evaluate(config: EvalConfig) -> Path:
         forbidden_ids=processor.forbidden_ids(model.config.text.vocab_size),
         temperature=config.temperature,
     )
-    graphdef, state = nnx.split(model)
-    progress = Progress(f"eval {config.run.name}", -(-len(feed.records) // config.batch_size))
-    samples = []
-    for batch in feed.loader:
-        rollout = _answer(graphdef, state, batch, sampling, seed=config.run.seed, pad_id=processor.pad_id)
-        samples += _samples(rollout, batch, feed, processor, config)
-        progress.advance()
-    progress.close()
+    answers = _answers(nnx.split(model), feed, sampling, processor, config)
+    indices = sorted(answers)
+    samples = [
+        sample
+        for start in range(0, len(indices), config.batch_size)
+        for sample in _samples(indices[start : start + config.batch_size], answers, feed, processor, config)
+    ]
     feed.report_skipped()
     summary = summarise(samples, seed=config.run.seed).to_json() | {
         "model": config.model.path,
@@ -75,26 +74,52 @@ def evaluate(config: EvalConfig) -> Path:
     return directory
 
 
-def _answer(
-    graphdef: nnx.GraphDef, state: nnx.State, batch: Batch, sampling: Sampling, *, seed: int, pad_id: int
-) -> Rollout:
-    ids = np.array([row[0] if row else 0 for row in batch.records], np.int32)
-    features = encode_images(graphdef, (state,), batch.arrays)
-    keys = sample_keys(seed, 0, ids, 1)
-    return generate(graphdef, (state,), batch.arrays, features, keys, sampling=sampling, pad_id=pad_id)
+def _answers(
+    model: tuple[nnx.GraphDef, nnx.State], feed: Feed, sampling: Sampling, processor: ChatProcessor, config: EvalConfig
+) -> dict[int, Task]:
+    """The completion of each record that could be read; an answer that ends makes room for the next question."""
+    graphdef, states = model[0], (model[1],)
+    slots = make_slots(
+        sampling, prompts=2 * config.batch_size, samples=1, rows=config.batch_size, prefill=_prefill(config)
+    )
+    progress = Progress(f"eval {config.run.name}", len(feed.records))
+    answers = {}
+    for task in stream(graphdef, states, _prompts(graphdef, states, feed, config), sampling=sampling, slots=slots):
+        answers[task.prompt] = task
+        progress.advance()
+    progress.close()
+    return answers
+
+
+def _prefill(config: EvalConfig) -> int:
+    """Prompts computed in one pass: a quarter of the rows, so that few rows wait for others to end."""
+    return next(size for size in range(-(-config.batch_size // 4), 0, -1) if config.batch_size % size == 0)
+
+
+def _prompts(
+    graphdef: nnx.GraphDef, states: tuple[nnx.State, ...], feed: Feed, config: EvalConfig
+) -> Iterator[Prompts]:
+    for batch in feed.loader:
+        numbers = np.array([row[0] if row else -1 for row in batch.records], np.int32)
+        keys = np.asarray(jax.random.key_data(sample_keys(config.run.seed, 0, np.maximum(numbers, 0), 1)))
+        limits = np.full((len(numbers), 1), config.max_new_tokens, np.int32)
+        features = encode_images(graphdef, states, batch.arrays)
+        yield from split_prompts(Prompts(batch.arrays, features, numbers, keys, limits), _prefill(config))
 
 
 def _samples(
-    rollout: Rollout, batch: Batch, feed: Feed, processor: ChatProcessor, config: EvalConfig
+    indices: Sequence[int],
+    answers: Mapping[int, Task],
+    feed: Feed,
+    processor: ChatProcessor,
+    config: EvalConfig,
 ) -> list[dict[str, Any]]:
-    """One row per question of the batch; rows of padding are left out."""
+    """One row per question."""
     directory = config.run.directory
-    indices = [row[0] for row in batch.records if row]
-    completions = decode_rollout(rollout, processor)[: len(indices)]
+    completions = [processor.decode(answers[index].ids) for index in indices]
     records = [feed.records[index] for index in indices]
     judged = _judge(completions, records, config)
     scores = score(completions, records, judge_scores=judged, depth_maps=feed.depth_maps(indices))
-    finished = np.asarray(rollout.finished)[:, 0]
     return [
         {
             "id": str(feed.file.rows[index]),
@@ -108,7 +133,7 @@ def _samples(
             "completion": completions[row],
             "scores": {term: _measured(getattr(scores, term)[row], term, record) for term in TERMS},
             "judge": float(judged[row]),
-            "finish_reason": "stop" if finished[row] else "length",
+            "finish_reason": "stop" if answers[index].stopped else "length",
         }
         for row, (index, record) in enumerate(zip(indices, records, strict=True))
     ]

@@ -214,7 +214,7 @@ class Schedule:
 
     def _rows(self, width: int, *, more: bool) -> Rows:
         slots = self._slots
-        rows = _empty_rows(slots, width)
+        rows = empty_rows(slots, width)
         for number, lane in enumerate(self._lanes):
             filled = [0] * slots.prompts
             for row, task in lane.live():
@@ -248,7 +248,7 @@ class Schedule:
         return task.stopped or len(task.ids) == task.limit
 
 
-def _empty_rows(slots: Slots, width: int) -> Rows:
+def empty_rows(slots: Slots, width: int) -> Rows:
     def zeros(*shape: int) -> Int[np.ndarray, "*shape"]:
         return np.zeros(shape, np.int32)
 

@@ -28,7 +28,9 @@ from sif_jax.parallel.mesh import data_mesh, replicate, shard_groups
 from sif_jax.progress import Progress
 from sif_jax.rollout.engine import Rollout, encode_images, generate
 from sif_jax.rollout.sampling import Sampling, sample_keys
+from sif_jax.rollout.schedule import Usage
 from sif_jax.training.checkpoint import Checkpoints
+from sif_jax.training.drift import SamplerDrift, sampler_drift
 from sif_jax.training.feedback import Feedback, reward_rollout, submit_rollout
 from sif_jax.training.metrics import MetricsLog
 from sif_jax.training.objective import PolicyLoss, policy_loss
@@ -65,10 +67,10 @@ class Sums(NamedTuple):
 
     policy: PolicyLoss
     entropy: Float[Array, ""]  # nats
-    sampler_gap: Float[Array, ""]  # |log-probability by the trainer - by the sampler|
+    sampler: SamplerDrift
 
     def plus(self, other: Sums) -> Sums:
-        return Sums(self.policy.plus(other.policy), self.entropy + other.entropy, self.sampler_gap + other.sampler_gap)
+        return Sums(self.policy.plus(other.policy), self.entropy + other.entropy, self.sampler.plus(other.sampler))
 
 
 def train(config: GrpoConfig) -> Path:
@@ -118,7 +120,7 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
         ids = np.array([index for (index,) in prompts.records])
         keys = sample_keys(config.run.seed, step, ids, config.num_samples)
         batch, keys = shard_groups(prompts.arrays, keys, mesh)
-        rollout, features = sample(policy, (state.trainable, frozen), batch, keys, config)
+        rollout, features, usage = sample(policy, (state.trainable, frozen), batch, keys, config)
         times.append(time.monotonic())
 
         submitted = submit_rollout(judge, rollout, feed, ids, policy.processor)
@@ -152,6 +154,7 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
             "learning_rate": float(jnp.asarray(rate(step * config.updates_per_rollout))),
             "padding/tokens": prompts.waste.tokens,
             "padding/patches": prompts.waste.patches,
+            "padding/row_steps": 1 - usage.share,
         }
         check_finite(metrics["loss"], step=step, file=directory)
         samples.log(step, ids, rollout, feedback)
@@ -170,8 +173,8 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
 
 def sample(
     policy: Policy, states: tuple[nnx.State, ...], batch: Batch, keys: Key[Array, "P M"], config: GrpoConfig
-) -> tuple[Rollout, Shaped[Array, "P I D"]]:
-    """N completions of every prompt, and the image features they saw."""
+) -> tuple[Rollout, Shaped[Array, "P I D"], Usage]:
+    """N completions of every prompt, the image features they saw, and how well the rows were used."""
     processor = policy.processor
     sampling = Sampling(
         max_new_tokens=config.max_new_tokens,
@@ -180,10 +183,24 @@ def sample(
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
+        min_p=config.min_p,
+        stop=config.stop,
     )
-    features = encode_images(policy.graphdef, states, batch)
-    rollout = generate(policy.graphdef, states, batch, features, keys, sampling=sampling, pad_id=processor.pad_id)
-    return jax.block_until_ready(rollout), features
+    features, usage = encode_images(policy.graphdef, states, batch), Usage()
+    rollout = generate(
+        policy.graphdef,
+        states,
+        batch,
+        features,
+        keys,
+        sampling=sampling,
+        pad_id=processor.pad_id,
+        rows=config.decode_rows,
+        prefill=config.micro_batch,
+        decode_text=processor.decode,
+        usage=usage,
+    )
+    return jax.device_put(rollout, keys.sharding), features, usage
 
 
 def to_learn(batch: Batch, features: Array, rollout: Rollout, config: GrpoConfig) -> Completions:
@@ -245,8 +262,8 @@ def make_gradients(graphdef: nnx.GraphDef, config: GrpoConfig) -> Callable[..., 
                 max_new_tokens=config.max_new_tokens,
             )
             counted = sampled.token_mask & groups.valid[..., None]
-            gap = jnp.abs(constant - sampled.logprobs)
-            return policy.loss, Sums(policy, jnp.sum(entropy * counted), jnp.sum(gap * counted))
+            drift = sampler_drift(constant, sampled.logprobs, counted)
+            return policy.loss, Sums(policy, jnp.sum(entropy * counted), drift)
 
         (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
         return gradients, sums
@@ -269,7 +286,7 @@ def _metrics(feedback: Feedback, rollout: Rollout, updates: Sequence[Sums], conf
             "clip_fraction_high": high,
             "ratio_mean": float(policy.ratio) / tokens,
             "ratio_max": float(policy.ratio_max),
-            "sampler_gap": float(first.sampler_gap) / max(float(first.policy.tokens), 1),
+            **first.sampler.metrics(max(float(first.policy.tokens), 1)),
             "entropy": float(all_sums.entropy) / tokens,
             "completion_length": float(rollout.lengths.mean()),
             "completion_length_max": float(rollout.lengths.max()),

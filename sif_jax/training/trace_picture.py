@@ -8,9 +8,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.image_processor import load_image
 from sif_jax.sif.boxes import Box
-from sif_jax.sif.grammar import Trace
+from sif_jax.sif.grammar import Trace, parse
 
 Colour = tuple[int, int, int]
 
@@ -35,6 +36,28 @@ def draw_trace(trace: Trace, gold_boxes: Sequence[Box], image: Path, depth_image
     if depth_image is not None:
         panels.append(_panel(depth_image, [*gold, *((box, colour, depth) for box, colour, _, depth in areas)]))
     return _beside(panels)
+
+
+def save_traces(completions: Sequence[str], images: Sequence[str], file: Path | None) -> list[Path]:
+    """Draw each completion on its image (and depth map, the second); several go to FILE-1, FILE-2, …; None: nowhere.
+
+    Raises:
+      InputError: the picture cannot be written.
+    """
+    if file is None:
+        return []
+    image, depth_image = Path(images[0]), Path(images[1]) if len(images) > 1 else None
+    numbered = [file.with_stem(f"{file.stem}-{number}") for number in range(1, len(completions) + 1)]
+    files = [file] if len(completions) == 1 else numbered
+    for completion, path in zip(completions, files):
+        picture = draw_trace(parse(completion), (), image, depth_image)
+        try:
+            picture.save(path)
+        except (OSError, ValueError) as error:  # Pillow's ValueError: no format of this name
+            raise InputError(
+                f"cannot write the picture ({error})", file=path, expected="a name such as trace.png", fix="set overlay"
+            ) from None
+    return files
 
 
 def shade(step: int, num_steps: int) -> Colour:

@@ -17,6 +17,7 @@ DTYPE_KEYS = ("torch_dtype", "dtype")  # the second since transformers 4.56
 SECTIONS = ("text_config", "vision_config")
 
 
+MAX_POSITIONS = 32768  # of a config.json that does not say, as in transformers
 # What a config.json may leave out of vision_config: the published 32B does.
 VISION_DEFAULTS = {
     "depth": 32,
@@ -69,6 +70,7 @@ class TextConfig:
     rope_theta: float
     mrope_section: tuple[int, ...]
     tie_word_embeddings: bool
+    max_positions: int = MAX_POSITIONS  # longest sequence that the model was made for, tokens
 
     @property
     def head_dim(self) -> int:
@@ -161,6 +163,7 @@ def _text_config(text: Mapping[str, Any], *, tied: bool, file: str | Path) -> Te
         rope_theta=float(rope["rope_theta"] if "rope_theta" in rope else text["rope_theta"]),
         mrope_section=tuple(rope["mrope_section"]),
         tie_word_embeddings=tied,
+        max_positions=text.get("max_position_embeddings", MAX_POSITIONS),
     )
 
 
