@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from sif_jax.config import (
     AblationConfig,
     DataConfig,
+    DecodeBenchConfig,
     DemoConfig,
     EvalConfig,
     ExportConfig,
@@ -366,6 +367,25 @@ def hacks(config: HacksBenchConfig, json_only: bool) -> None:
     from sif_jax.bench.report_line import json_line
 
     figures = measure(config)
+    click.echo(json_line(figures) if json_only else report(figures))
+
+
+@_command(bench, "decode", DecodeBenchConfig)
+@click.option("--against", type=click.Choice(["none", "hf"]), default="none", help="hf: transformers' generate, too.")
+@_json
+def decode(config: DecodeBenchConfig, against: str, json_only: bool) -> None:
+    """Decode completions of prompts with two images each, and compare with transformers in completion tokens per second.
+
+    Prompts are part of the time. The last line is one JSON object: machine, config, both engines, the ratio, the share of
+    row-steps that were useful, and how near a step comes to the memory's bandwidth.
+
+    \b
+    Example: sif-jax bench decode --against hf --json
+    """
+    from sif_jax.bench.decode import measure, report
+    from sif_jax.bench.report_line import json_line
+
+    figures = measure(config, against=against)
     click.echo(json_line(figures) if json_only else report(figures))
 
 

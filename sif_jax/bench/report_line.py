@@ -29,12 +29,14 @@ def machine() -> Figures:
     }
 
 
-def text_report(figures: Mapping[str, Any], header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, the machine, and all figures as the last line."""
+def text_report(
+    figures: Mapping[str, Any], header: Sequence[str], rows: Sequence[Sequence[str]], *, facts: str | None = None
+) -> str:
+    """A Markdown table, what it does not say, the machine, and all figures as the last line."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     where = ", ".join(f"{name} {value}" for name, value in figures["machine"].items())
-    return f"{table}\n\n{where}\n{json_line(figures)}"
+    return "\n\n".join(filter(None, [table, facts, f"{where}\n{json_line(figures)}"]))
 
 
 def json_line(figures: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from sif_jax.config.inputs import BucketsConfig, DataConfig, ModelConfig, Prompt
 from sif_jax.config.reinforcement import GrpoConfig, JudgeConfig, ObjectiveConfig, RemoteConfig, RewardsConfig
 from sif_jax.config.studies import (
     AblationConfig,
+    DecodeBenchConfig,
     HacksBenchConfig,
     PrecisionBenchConfig,
     RematBenchConfig,
@@ -19,6 +20,7 @@ __all__ = [
     "AblationConfig",
     "BucketsConfig",
     "DataConfig",
+    "DecodeBenchConfig",
     "DemoConfig",
     "DemoScenesConfig",
     "EvalConfig",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from sif_jax.config.inputs import DataConfig, ModelConfig, PromptConfig
 from sif_jax.config.section import Config
@@ -68,3 +68,28 @@ class RewardsBenchConfig(Config):
 class HacksBenchConfig(Config):
     records: int = Field(default=2000, ge=16, description="random questions that every trick is tried on")
     seed: NonNegativeInt = Field(default=0, description="seed of the questions and of the honest policy")
+
+
+class DecodeBenchConfig(Config):
+    checkpoint: str | None = Field(
+        default=None, description="Hugging Face checkpoint; null: random weights of the architecture"
+    )
+    architecture: str = Field(
+        default="configs/bench/100M", description="directory with the config.json of the random weights"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="weights and arithmetic of both engines"
+    )
+    prompts: PositiveInt = Field(default=8, description="prompts, of two images each")
+    samples: PositiveInt = Field(default=8, description="completions of each prompt")
+    tokens: PositiveInt = Field(default=278, description="tokens of each prompt, images included")
+    image_px: tuple[PositiveInt, PositiveInt] = Field(
+        default=(364, 252), description="(width, height) of each image; 28 divides"
+    )
+    min_new_tokens: PositiveInt = Field(default=16, description="the shortest completion")
+    max_new_tokens: PositiveInt = Field(default=256, description="the longest; lengths are spread evenly between")
+    decode_rows: PositiveInt | None = Field(default=32, description="completions decoded at once; null: all")
+    prefill: PositiveInt | None = Field(default=None, description="prompts computed in one pass; null: all")
+    temperature: NonNegativeFloat = Field(default=0.0, description="sampling temperature; 0: greedy, and compared")
+    repeats: PositiveInt = Field(default=1, description="timed turns of each engine")
+    seed: NonNegativeInt = Field(default=0, description="of the weights, the lengths and the samples")
