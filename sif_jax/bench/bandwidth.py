@@ -7,7 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-BYTES = {"cpu": 2**28}  # larger than any cache
+BYTES = {"cpu": 2**30}  # larger than any cache
 DEFAULT_BYTES = 2**31
 REPEATS = 10
 

@@ -227,7 +227,7 @@ def _room_for(pool: Pool | None, unit: Prompts, text: TextConfig, slots: Slots, 
     length = unit.batch["tokens"].shape[1]
     if pool is None:
         return programs.empty_pool(text, slots.lanes * slots.prompts, length, dtype, separate=separate)
-    return programs.lengthen(pool, length=max(length, programs.pool_length(pool)))
+    return pool if length <= programs.pool_length(pool) else programs.lengthen(pool, length=length)
 
 
 def _collect(ended: Iterable[Task], shape: tuple[int, int, int], pad_id: int) -> Rollout:

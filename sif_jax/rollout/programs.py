@@ -48,7 +48,11 @@ class _Loop(NamedTuple):
 @partial(jax.jit, static_argnames="graphdef")
 def encode_images(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...], batch: Batch) -> Shaped[Array, "P I D"]:
     """Image features of a prompt batch, to be reused while the vision tower does not change."""
-    return nnx.merge(graphdef, *states).image_features(batch)
+    model: Qwen2_5_VL = nnx.merge(graphdef, *states)
+    rows, patches = batch["patches"].shape[:2]
+    if not patches:
+        return jnp.zeros((rows, 0, model.config.text.hidden_size), model.compute_dtype)
+    return model.image_features(batch)
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -221,7 +225,7 @@ def last_column(old_length: int, length: int) -> int:
     return min(old_length, length) - 1
 
 
-@partial(jax.jit, static_argnames="length", donate_argnames="pool")
+@partial(jax.jit, static_argnames="length")
 def lengthen(pool: Pool, *, length: int) -> Pool:
     """The same pool with room for prompts of `length` tokens."""
     room = length - pool_length(pool)
