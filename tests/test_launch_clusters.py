@@ -155,7 +155,10 @@ case "$1 $2" in
   "queued-resources describe") [ -n "$state" ] && echo "$state" || { echo "ERROR: NOT_FOUND: nothing" >&2; exit 1; } ;;
   "queued-resources delete") rm -f state ;;
   "tpu-vm scp") mkdir -p home && cp "$CHECKOUT/$3" "home/${4#*:}" ;;
-  "tpu-vm ssh") for word; do case $word in --command=*) HOME=DIRECTORY/home exec bash -c "cd && ${word#--command=}" ;; esac; done ;;
+  "tpu-vm ssh")
+    for word; do
+      case $word in --command=*) HOME=DIRECTORY/home exec bash -c "cd && ${word#--command=}" ;; esac
+    done ;;
 esac
 """
 
