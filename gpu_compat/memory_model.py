@@ -17,7 +17,7 @@ from sif_jax.ops.attention_backends import LOGITS_BYTES as ATTENTION_BYTES
 from sif_jax.ops.loss import LOGITS_BYTES, MIN_CHUNKS
 
 FLOAT32 = 4
-BACKWARD_F, BACKWARD_D = 10, 16  # values per token in the backward pass of one layer: the feed-forward's, the rest
+BACKWARD_F, BACKWARD_D = 9, 14  # values per token in the backward pass of one layer: the feed-forward's, the rest
 FORWARD_F, FORWARD_D = 3, 8
 KEPT_F, KEPT_D = 7, 8  # values per token and layer that remat=none keeps
 LOGITS_COPIES = 2.5  # logits, weights and their gradient, not all alive at once
@@ -59,8 +59,12 @@ def held(size: ModelSize, config: TrainConfig, fsdp: int) -> dict[str, float]:
         "reference": size.trainable_bytes if reference else 0,
     }
     split = {name: amount / fsdp for name, amount in parts.items()}
-    # the layer in use and the one that is fetched meanwhile, and the head, are whole on every device
-    return split | {"gathered layers": 0 if fsdp == 1 else 2 * size.layer_bytes + size.head_bytes}
+    return split | {"weights in use": in_use(size, fsdp)}
+
+
+def in_use(size: ModelSize, fsdp: int) -> float:
+    """The loop over layers cuts each out of the stack; of split weights the next one is fetched meanwhile, and the head."""
+    return size.layer_bytes if fsdp == 1 else 2 * size.layer_bytes + size.head_bytes
 
 
 def optimizer_phase(size: ModelSize, fsdp: int) -> Phase:
@@ -78,7 +82,7 @@ def sft_phases(config: SftConfig, model: Qwen2_5_VLConfig, devices: int) -> list
     return [Phase("gradient step", _backward(config, model, shape))]
 
 
-def grpo_phases(config: GrpoConfig, model: Qwen2_5_VLConfig, devices: int, layer_bytes: int) -> list[Phase]:
+def grpo_phases(config: GrpoConfig, model: Qwen2_5_VLConfig, devices: int) -> list[Phase]:
     """As `parallel.mesh.shard_groups` splits: prompts over the devices, else the samples of every prompt."""
     length, patches = config.data.buckets.pairs[-1]
     prompts, samples = config.prompts_per_step, config.num_samples
@@ -92,7 +96,7 @@ def grpo_phases(config: GrpoConfig, model: Qwen2_5_VLConfig, devices: int, layer
     rollout = Shape(prompts, length, samples, config.max_new_tokens, patches)
     learn = rollout._replace(prompts=learning)
     return [
-        Phase("rollout", _rollout(config, model, rollout, layer_bytes)),
+        Phase("rollout", _rollout(config, model, rollout)),
         Phase("gradient step", _backward(config, model, learn)),
     ]
 
@@ -103,8 +107,7 @@ def kv_bytes(model: Qwen2_5_VLConfig, tokens: int, e: int) -> float:
     return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * e * tokens
 
 
-def _rollout(config: GrpoConfig, model: Qwen2_5_VLConfig, shape: Shape, layer_bytes: int) -> dict[str, float]:
-    """The prefill's activations, or later the weights of one layer, which the loop over layers cuts out of the stack."""
+def _rollout(config: GrpoConfig, model: Qwen2_5_VLConfig, shape: Shape) -> dict[str, float]:
     e, text = _itemsize(config), model.text
     tokens = shape.prompts * shape.length
     prefill = e * tokens * (FORWARD_F * text.intermediate_size + FORWARD_D * text.hidden_size)
@@ -113,9 +116,7 @@ def _rollout(config: GrpoConfig, model: Qwen2_5_VLConfig, shape: Shape, layer_by
         "KV of prompts": kv_bytes(model, tokens, e),
         "KV of samples": CACHE_GROWTH * kv_bytes(model, generated * shape.new_tokens, e),
         "logits": 2 * FLOAT32 * generated * text.vocab_size,
-        "working": max(
-            prefill + _self_attention(text.num_attention_heads, shape), _vision_forward(model, shape, e), layer_bytes
-        ),
+        "working": max(prefill + _self_attention(text.num_attention_heads, shape), _vision_forward(model, shape, e)),
         "batch": _batch(model, shape),
     }
 

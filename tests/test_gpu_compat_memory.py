@@ -6,7 +6,8 @@ import pytest
 
 from gpu_compat.cards import CARDS, card_of
 from gpu_compat.memory import GIB, MODELS, PAPER, ROOT, main, open_setting, plan, read_config, remedies
-from gpu_compat.memory_model import Shape, _backward, kv_bytes
+from gpu_compat.memory_model import Shape, _backward, in_use, kv_bytes
+from gpu_compat.model_size import model_size
 from sif_jax.bench.workload import abstract_policy, random_batch
 from sif_jax.config import GrpoConfig, SftConfig
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -36,25 +37,25 @@ def test_parameters_are_those_of_the_published_model_and_its_adapters(model):
 
 def test_what_a_run_holds_is_counted_by_hand():
     parts = plan(setting()).held
-    lora = 20_185_088
+    lora, layer = 20_185_088, 233_057_792  # parameters; of the layer 2 norms, q, k, v with biases, o, gate, up, down
     assert parts == {
         "frozen weights": 2 * PUBLISHED["7B"],
         "trained weights": 4 * lora,
         "gradients": 2 * 4 * lora,  # the sum so far and the new one: accumulation 8
         "optimizer": 2 * 4 * lora,
         "reference": 0,
-        "gathered layers": 0,
+        "weights in use": 2 * layer + 4 * lora / 28,
     }
 
 
 def test_splitting_divides_what_is_held_and_adds_what_is_gathered():
     whole, split = plan(setting()), plan(setting(fsdp=8))
     for name, amount in whole.held.items():
-        if name != "gathered layers":
+        if name != "weights in use":
             assert split.held[name] == amount / 8
     size = setting().size
     assert size.head_bytes == 2 * 3584 * 152064
-    assert split.held["gathered layers"] == 2 * size.layer_bytes + size.head_bytes
+    assert split.held["weights in use"] == 2 * size.layer_bytes + size.head_bytes
 
 
 def test_a_full_fine_tune_holds_bfloat16_gradients_and_float32_moments_and_a_copy_of_its_start_for_the_kl():
@@ -89,7 +90,8 @@ def as_config(kind, remat):
 def ratio(config, shape, compiled) -> float:
     """Ours over XLA's temporaries; the batch is an argument there."""
     parts = _backward(config, bench_model(), shape)
-    return (sum(parts.values()) - parts["batch"]) / compiled.memory_analysis().temp_size_in_bytes
+    ours = sum(parts.values()) - parts["batch"] + in_use(model_size(bench_model(), config), 1)
+    return ours / compiled.memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize(
