@@ -25,6 +25,7 @@ PLACE=(--project={target.project} --zone={target.zone})
 ARCHIVE=runs/launch/{target.name}.tar.gz
 POLL={target.poll_s}
 RESTARTS={target.restarts}
+REFUSED=3 # at first a matter of quota or of rights, later perhaps of a deletion under way
 """
 
 
@@ -85,7 +86,8 @@ LOOP = """wait_until_active() {
 prepare() {
   if [ "$(state)" != ACTIVE ]; then
     remove
-    create && wait_until_active || return 1
+    create || return $REFUSED
+    wait_until_active || return 1
   fi
   set_up
 }
@@ -108,7 +110,11 @@ for attempt in $(seq 0 "$RESTARTS"); do
   echo "attempt $attempt" >&2
   if [ $ready = no ] || [ "$(state)" != ACTIVE ]; then
     ready=no
-    prepare && ready=yes
+    prepare
+    case $? in
+      0) ready=yes ;;
+      "$REFUSED") [ "$attempt" != 0 ] || { echo "error: the request was refused, see above" >&2; exit 1; } ;;
+    esac
   fi
   if [ $ready = yes ]; then
     run

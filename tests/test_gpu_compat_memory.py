@@ -96,7 +96,12 @@ def ratio(config, shape, compiled) -> float:
 
 @pytest.mark.parametrize(
     ("rows", "remat"),
-    [(1, "full"), pytest.param(3, "full", marks=SLOW), pytest.param(1, "dots", marks=SLOW), (1, "none")],
+    [
+        (1, "full"),
+        pytest.param(3, "full", marks=SLOW),
+        pytest.param(1, "dots", marks=SLOW),
+        pytest.param(1, "none", marks=SLOW),
+    ],
 )
 def test_activations_of_sft_are_within_a_quarter_of_what_xla_allocates(rows, remat):
     batch = random_batch(bench_model(), rows=rows, tokens=1024, image_px=(364, 252))

@@ -1,5 +1,6 @@
 """Clusters: what is rendered for SLURM, GKE and TPU pods is well formed, and behaves as it should under stand-ins."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from sif_jax.errors import InputError
 from tests.launch_targets import COMMAND, ROOT, fake_command, fake_path, probe, probed, write_target
 
 WORDS = (*COMMAND, "data.image_root=it's [a] $HOME $(id) `id`", "data.buckets.tokens=[16, 32]")
+NAME = f"from-a-test-{os.getpid()}"  # the files of tests that run beside each other lie in one folder
 SETUP = ["echo 'set up' # $x", '[ -n "$HOME" ] || { echo no; }']
 
 
@@ -82,7 +84,7 @@ def test_a_slurm_task_keeps_all_gpus_of_its_node_where_jax_would_take_one(tmp_pa
 
 def test_the_launcher_hands_the_rendered_script_to_sbatch(tmp_path):
     fake_command(tmp_path, "sbatch", f'#!/bin/bash\ncp "$1" {tmp_path}/given\necho Submitted batch job 77\n')
-    target = write_target(tmp_path, "slurm", name="from-a-test")
+    target = write_target(tmp_path, "slurm", name=NAME)
     command = [sys.executable, ROOT / "launch" / "run.py", target, *WORDS]
     done = subprocess.run(command, env=fake_path(tmp_path), capture_output=True, text=True, check=True)
     file = rendered(target)
@@ -151,7 +153,7 @@ shift 2 # compute tpus
 echo "$1 $2 $3" >> calls
 state=$(cat state 2>/dev/null)
 case "$1 $2" in
-  "queued-resources create") echo ACTIVE > state ;;
+  "queued-resources create") [ ! -e refuse ] || { echo "quota exceeded" >&2; exit 1; }; echo ACTIVE > state ;;
   "queued-resources describe") [ -n "$state" ] && echo "$state" || { echo "ERROR: NOT_FOUND: nothing" >&2; exit 1; } ;;
   "queued-resources delete") rm -f state ;;
   "tpu-vm scp") mkdir -p home && cp "$CHECKOUT/$3" "home/${4#*:}" ;;
@@ -167,11 +169,11 @@ def run_pod(tmp_path: Path, more: str, **changes) -> tuple[subprocess.CompletedP
     fake_command(tmp_path, "gcloud", GCLOUD.replace("DIRECTORY", str(tmp_path)))
     fake_command(tmp_path, "git", '#!/bin/bash\nmkdir -p "$(dirname "$4")"; tar -czf "$4" Makefile\n')
     program = probe(tmp_path, more.replace("DIRECTORY", str(tmp_path)))
-    target = write_target(tmp_path, "tpu-queued", name="from-a-test", program=program, **changes)
+    target = write_target(tmp_path, "tpu-queued", name=NAME, program=program, **changes)
     command = [sys.executable, ROOT / "launch" / "run.py", target, *WORDS]
     env = fake_path(tmp_path) | {"CHECKOUT": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-    for file in (ROOT / "runs" / "launch").glob("from-a-test.*"):
+    for file in (ROOT / "runs" / "launch").glob(f"{NAME}.*"):
         file.unlink()
     return done, (tmp_path / "calls").read_text().splitlines()
 
@@ -194,14 +196,14 @@ def test_a_pod_that_is_taken_away_is_asked_for_again_and_deleted_in_the_end(tmp_
     assert "['Makefile'] None" in done.stdout  # in the unpacked checkout
     assert done.stdout.count("set up on buck") == 2
     changes = [call for call in calls if call.split()[1] in ("create", "delete")]
-    create, delete = "queued-resources create from-a-test", "queued-resources delete from-a-test"
+    create, delete = f"queued-resources create {NAME}", f"queued-resources delete {NAME}"
     assert changes == [create, delete, create, delete]
 
 
 def test_bad_input_on_a_pod_is_not_tried_again_and_leaves_no_pod(tmp_path):
     done, calls = run_pod(tmp_path, "sys.exit(2)")
     assert (done.returncode, len(probed(done.stdout))) == (2, 1)
-    assert calls[-1] == "queued-resources delete from-a-test"
+    assert calls[-1] == f"queued-resources delete {NAME}"
 
 
 def test_a_failure_on_a_healthy_pod_is_tried_again_on_that_pod_until_restarts_run_out(tmp_path):
@@ -209,21 +211,29 @@ def test_a_failure_on_a_healthy_pod_is_tried_again_on_that_pod_until_restarts_ru
     assert (done.returncode, len(probed(done.stdout))) == (1, 2)
     assert "error: given up after 1 restarts" in done.stderr
     assert sum("create" in call for call in calls) == 1
-    assert calls[-1] == "queued-resources delete from-a-test"
+    assert calls[-1] == f"queued-resources delete {NAME}"
 
 
 def test_a_set_up_that_fails_never_lets_the_program_run(tmp_path):
     done, calls = run_pod(tmp_path, "", restarts=1, setup=["false", "echo went on"])
     assert (done.returncode, probed(done.stdout)) == (1, [])
     assert "went on" not in done.stdout
-    assert calls[-1] == "queued-resources delete from-a-test"
+    assert calls[-1] == f"queued-resources delete {NAME}"
+
+
+def test_a_first_request_that_is_refused_is_not_repeated(tmp_path):
+    (tmp_path / "refuse").touch()
+    done, calls = run_pod(tmp_path, "")
+    assert done.returncode == 1
+    assert "quota exceeded\nerror: the request was refused" in done.stderr
+    assert sum("create" in call for call in calls) == 1
 
 
 def test_a_queued_resource_that_exists_already_is_left_alone(tmp_path):
     (tmp_path / "state").write_text("ACTIVE\n")
     done, calls = run_pod(tmp_path, "")
     assert done.returncode == 2
-    assert "is the name from-a-test free?" in done.stderr
+    assert f"is the name {NAME} free?" in done.stderr
     assert (tmp_path / "state").is_file()
     assert {call.split()[1] for call in calls} == {"describe"}
 
