@@ -7,20 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import MutableMapping
 
-DEFAULTS = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}  # the rest is NCCL's and the driver's
-XLA_FLAGS = ("--xla_gpu_enable_latency_hiding_scheduler=true",)
-
-
-def set_environment(environment: MutableMapping[str, str]) -> None:
-    """Fill in what is not set; flags that the user gave win over ours."""
-    for name, value in DEFAULTS.items():
-        environment.setdefault(name, value)
-    given = environment.get("XLA_FLAGS", "").split()
-    names = {flag.partition("=")[0] for flag in given}
-    ours = [flag for flag in XLA_FLAGS if flag.partition("=")[0] not in names]
-    environment["XLA_FLAGS"] = " ".join([*given, *ours])
+from gpu_compat.environment import set_environment
 
 
 def main() -> None:

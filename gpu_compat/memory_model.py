@@ -1,0 +1,200 @@
+"""Device memory of one training step as formulas (pure). docs/gpu.md says them in words, and how far off they are.
+
+Letters as in the code: L tokens of a row, D width, F ffn width, N heads, K key heads, H head_dim, V patches. `e` is the size of
+an activation in bytes. The coefficients of activations were fitted to programs that XLA compiled for CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from gpu_compat.model_size import ModelSize
+from sif_jax.config import GrpoConfig, SftConfig, TrainConfig
+from sif_jax.errors import InputError
+from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from sif_jax.ops.attention_backends import LOGITS_BYTES as ATTENTION_BYTES
+from sif_jax.ops.loss import LOGITS_BYTES, MIN_CHUNKS
+
+FLOAT32 = 4
+BACKWARD_F, BACKWARD_D = 9, 14  # values per token in the backward pass of one layer: the feed-forward's, the rest
+FORWARD_F, FORWARD_D = 3, 8
+KEPT_F, KEPT_D = 7, 8  # values per token and layer that remat=none keeps
+LOGITS_COPIES = 2.5  # logits, weights and their gradient, not all alive at once
+CACHE_GROWTH = 1.5  # the cache doubles: the old half is alive while the new one is filled
+
+
+class Shape(NamedTuple):
+    """What one device computes at a time."""
+
+    prompts: int  # rows of tokens; in GRPO the prompts
+    length: int
+    samples: int  # completions of each prompt; 0 in SFT
+    new_tokens: int
+    patches: int  # per row
+
+
+class Phase(NamedTuple):
+    name: str
+    parts: dict[str, float]  # bytes
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def held(size: ModelSize, config: TrainConfig, fsdp: int) -> dict[str, float]:
+    """What stays for the whole run, on each device: weights, adapters, gradients, AdamW's two float32 moments.
+
+    Accumulation needs the sum so far beside the new gradients. A full fine-tune with a KL keeps a copy of its start.
+    """
+    accumulated = isinstance(config, SftConfig) and config.accumulation > 1
+    accumulated |= isinstance(config, GrpoConfig) and config.prompts_per_step > config.micro_batch
+    reference = isinstance(config, GrpoConfig) and config.lora is None and config.objective.kl_beta > 0
+    parts = {
+        "frozen weights": size.frozen_bytes,
+        "trained weights": size.trainable_bytes,
+        "gradients": size.trainable_bytes * (2 if accumulated else 1),
+        "optimizer": 2 * FLOAT32 * size.trainable,
+        "reference": size.trainable_bytes if reference else 0,
+    }
+    split = {name: amount / fsdp for name, amount in parts.items()}
+    return split | {"weights in use": in_use(size, fsdp)}
+
+
+def in_use(size: ModelSize, fsdp: int) -> float:
+    """The loop over layers cuts each out of the stack; of split weights the next one is fetched meanwhile, and the head."""
+    return size.layer_bytes if fsdp == 1 else 2 * size.layer_bytes + size.head_bytes
+
+
+def optimizer_phase(size: ModelSize, fsdp: int) -> Phase:
+    """Updates are float32 whatever is trained."""
+    return Phase("optimizer step", {"updates": FLOAT32 * size.trainable / fsdp})
+
+
+def sft_phases(config: SftConfig, model: Qwen2_5_VLConfig, devices: int) -> list[Phase]:
+    """The largest bucket decides."""
+    if config.batch_size % devices:
+        fix = "change batch_size"
+        raise InputError("rows do not divide over the devices", value=config.batch_size, expected=str(devices), fix=fix)
+    length, patches = config.data.buckets.pairs[-1]
+    shape = Shape(config.batch_size // devices, length, 0, 0, patches)
+    return [Phase("gradient step", _backward(config, model, shape))]
+
+
+def grpo_phases(config: GrpoConfig, model: Qwen2_5_VLConfig, devices: int) -> list[Phase]:
+    """As `parallel.mesh.shard_groups` splits: prompts over the devices, else the samples of every prompt."""
+    length, patches = config.data.buckets.pairs[-1]
+    prompts, samples = config.prompts_per_step, config.num_samples
+    if prompts % devices == 0:
+        prompts, learning = prompts // devices, max(config.micro_batch // devices, 1)
+    elif samples % devices == 0:
+        samples, learning = samples // devices, config.micro_batch
+    else:
+        value = f"prompts_per_step={prompts}, num_samples={samples}"
+        raise InputError("neither prompts nor samples divide over the devices", value=value, expected=str(devices))
+    rollout = Shape(prompts, length, samples, config.max_new_tokens, patches)
+    learn = rollout._replace(prompts=learning)
+    return [
+        Phase("rollout", _rollout(config, model, rollout)),
+        Phase("gradient step", _backward(config, model, learn)),
+    ]
+
+
+def kv_bytes(model: Qwen2_5_VLConfig, tokens: int, e: int) -> float:
+    """2 · layers · K · H · e per token: keys and values."""
+    text = model.text
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * e * tokens
+
+
+def _rollout(config: GrpoConfig, model: Qwen2_5_VLConfig, shape: Shape) -> dict[str, float]:
+    e, text = _itemsize(config), model.text
+    tokens = shape.prompts * shape.length
+    prefill = e * tokens * (FORWARD_F * text.intermediate_size + FORWARD_D * text.hidden_size)
+    generated = shape.prompts * shape.samples
+    return {
+        "KV of prompts": kv_bytes(model, tokens, e),
+        "KV of samples": CACHE_GROWTH * kv_bytes(model, generated * shape.new_tokens, e),
+        "logits": 2 * FLOAT32 * generated * text.vocab_size,
+        "working": max(prefill + _self_attention(text.num_attention_heads, shape), _vision_forward(model, shape, e)),
+        "batch": _batch(model, shape),
+    }
+
+
+def _backward(config: TrainConfig, model: Qwen2_5_VLConfig, shape: Shape) -> dict[str, float]:
+    e, text = _itemsize(config), model.text
+    tokens = shape.prompts * (shape.length + shape.samples * shape.new_tokens)
+    attention = _self_attention(text.num_attention_heads, shape) + _group_attention(text.num_attention_heads, shape)
+    layer = _layer_backward(tokens, text.intermediate_size, text.hidden_size, attention, e)
+    vision_kept, vision_layer = _vision_backward(config, model, shape, e)
+    whole = attention if _is_whole(text.num_attention_heads, shape) else 0.0
+    kept = _kept(config, model, tokens, whole, e)
+    return {
+        "kept for backward": kept + vision_kept,
+        "one layer's backward": max(layer if config.model.remat != "none" else 0.0, vision_layer),
+        "logits": _loss(tokens, text.vocab_size),
+        "batch": _batch(model, shape),
+    }
+
+
+def _kept(config: TrainConfig, model: Qwen2_5_VLConfig, tokens: int, whole_attention: float, e: int) -> float:
+    """What `model.remat` keeps of every layer: its input; and its products, with LoRA the adapters' too; or everything."""
+    text = model.text
+    D, F = text.hidden_size, text.intermediate_size
+    qkv = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
+    products = (qkv + 2 * D + 2 * F) * (2 if config.lora else 1)
+    values = {"full": D, "dots": D + products, "none": KEPT_F * F + KEPT_D * D}[config.model.remat]
+    attention = LOGITS_COPIES * whole_attention if config.model.remat == "none" else 0.0
+    return text.num_hidden_layers * (tokens * values * e + attention)
+
+
+def _layer_backward(tokens: int, ffn: int, width: int, attention: float, e: int) -> float:
+    """The feed-forward's part comes first, while attention's weights wait; then attention's own."""
+    feed_forward = tokens * (BACKWARD_F * ffn + BACKWARD_D * width) * e + attention
+    return max(feed_forward, tokens * BACKWARD_D * width * e + LOGITS_COPIES * attention)
+
+
+def _self_attention(heads: int, shape: Shape) -> float:
+    """Float32 logits of the prompts' rows that XLA holds at once; a fused kernel needs less."""
+    parts = math.ceil(FLOAT32 * heads * shape.length**2 / ATTENTION_BYTES)
+    return shape.prompts * FLOAT32 * heads * shape.length * math.ceil(shape.length / parts)
+
+
+def _is_whole(heads: int, shape: Shape) -> bool:
+    return FLOAT32 * heads * shape.length**2 <= ATTENTION_BYTES or shape.samples > 0
+
+
+def _group_attention(heads: int, shape: Shape) -> float:
+    """Float32 logits of the completions over their prompt and themselves, [N, T, S + T] each, never in parts."""
+    keys = shape.length + shape.new_tokens
+    return FLOAT32 * heads * shape.prompts * shape.samples * shape.new_tokens * keys
+
+
+def _vision_forward(model: Qwen2_5_VLConfig, shape: Shape, e: int) -> float:
+    vision, patches = model.vision, shape.prompts * shape.patches
+    values = FORWARD_F * vision.intermediate_size + FORWARD_D * vision.hidden_size
+    return patches * values * e + _self_attention(vision.num_heads, shape._replace(length=max(shape.patches, 1)))
+
+
+def _vision_backward(config: TrainConfig, model: Qwen2_5_VLConfig, shape: Shape, e: int) -> tuple[float, float]:
+    """(kept, one block's backward); a frozen tower keeps nothing, and in GRPO its features are computed in the rollout."""
+    vision, patches = model.vision, shape.prompts * shape.patches
+    if config.freeze_vision:
+        return 0.0, 0.0 if shape.samples else _vision_forward(model, shape, e)
+    attention = _self_attention(vision.num_heads, shape._replace(length=max(shape.patches, 1)))
+    block = _layer_backward(patches, vision.intermediate_size, vision.hidden_size, attention, e)
+    return vision.depth * patches * vision.hidden_size * e, block
+
+
+def _loss(tokens: int, vocab: int) -> float:
+    rows = max(min(math.ceil(tokens / MIN_CHUNKS), LOGITS_BYTES // (FLOAT32 * vocab)), 1)
+    return LOGITS_COPIES * FLOAT32 * rows * vocab
+
+
+def _batch(model: Qwen2_5_VLConfig, shape: Shape) -> float:
+    """Float32 patches; the other arrays are small beside them."""
+    return FLOAT32 * shape.prompts * shape.patches * model.vision.patch_dim
+
+
+def _itemsize(config: TrainConfig) -> int:
+    return {"float32": 4, "bfloat16": 2}[config.model.dtype]
