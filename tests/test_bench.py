@@ -20,7 +20,7 @@ SMALL = ["tokens=64", "image_px=[56,56]", "steps=1", "lora_rank=2"]
 def architecture(tmp_path_factory) -> str:
     """A config.json of one decoder layer and one vision block, and nothing beside it."""
     raw = json.loads((tiny_checkpoint() / "config.json").read_text())
-    raw["text_config"]["num_hidden_layers"] = 1
+    raw["text_config"] |= {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
     raw["vision_config"] |= {"depth": 1, "fullatt_block_indexes": [0]}
     directory = tmp_path_factory.mktemp("architecture")
     (directory / "config.json").write_text(json.dumps(raw))
@@ -59,6 +59,45 @@ def test_compiling_alone_measures_memory_and_no_time_and_json_prints_one_line(ar
     assert len(lines) == 1
     assert all(own["ms"] is None and own["temporary_bytes"] for own in figures["policies"].values())
     assert all("ms" not in ratios for ratios in figures["ratios"].values())
+
+
+DECODE = [
+    "prompts=2",
+    "samples=3",
+    "tokens=32",
+    "image_px=[56,56]",
+    "min_new_tokens=2",
+    "max_new_tokens=12",
+    "decode_rows=4",
+]
+
+
+def test_decode_prints_both_engines_whose_greedy_tokens_are_the_same(architecture):
+    figures, lines = figures_of("decode", architecture, *DECODE, "--against", "hf")
+    assert set(figures["engines"]) == {"sif_jax", "transformers"}
+    assert figures["same_tokens"] == 1
+    assert figures["completion_tokens"] == sum([2, 4, 6, 8, 10, 12])
+    for own in figures["engines"].values():
+        assert own["tokens_per_second"] == pytest.approx(42 / own["seconds"])
+    ours, theirs = (figures["engines"][name]["seconds"] for name in ("sif_jax", "transformers"))
+    assert figures["ratio"] == pytest.approx(theirs / ours)
+    assert 0.5 < figures["rollout"]["useful_share"] < 1
+    step = figures["step"]
+    assert step["of_bandwidth"] == pytest.approx(step["bytes"] / step["seconds"] / step["bandwidth"])
+    assert any(line.startswith("| transformers |") for line in lines)
+
+
+def test_decode_alone_samples_at_a_temperature_and_prints_one_line(architecture):
+    figures, lines = figures_of("decode", architecture, *DECODE, "temperature=1.0", "--json")
+    assert len(lines) == 1
+    assert set(figures["engines"]) == {"sif_jax"}
+    assert "ratio" not in figures
+
+
+def test_decode_refuses_lengths_that_cannot_be(architecture):
+    result = invoke("decode", architecture, *DECODE, "min_new_tokens=13")
+    assert result.exit_code == 2
+    assert "min_new_tokens is above max_new_tokens; got 13; expected at most 12" in result.stderr
 
 
 def test_precision_reports_every_row_of_a_records_file_and_the_whole():

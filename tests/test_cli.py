@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 
 COMMANDS = [
     *("demo", "sft", "grpo", "eval", "generate", "export", "ablate", "data build", "data check"),
-    *("bench remat", "bench precision", "bench rewards", "bench hacks"),
+    *("bench remat", "bench precision", "bench rewards", "bench hacks", "bench decode"),
 ]
 SFT = ["run.name=x", "model.path=m", "data.path=d", "optimizer.learning_rate=1e-4"]
 TRACE = (
@@ -135,7 +135,8 @@ def test_generate_asks_in_the_prompt_of_the_config_and_draws_the_trace(implement
     asked = ["model.path=m", "image=i.png", "depth=d.png", "question=Which: near?", "sampling.seed=3"]
     result = invoke("generate", *asked)
     assert (result.stdout, result.stderr) == (f"{TRACE}\n", "drawn: i-trace.png\n"), result.exception
-    assert Image.open("i-trace.png").width > 2 * 60, "the image and the depth map"
+    with Image.open("i-trace.png") as picture:
+        assert picture.width > 2 * 60, "the image and the depth map"
     parts = seen["messages"][0]["content"]
     assert [part["image"] for part in parts if part["type"] == "image"] == ["i.png", "d.png"]
     assert any("Which: near? " in part["text"] for part in parts if part["type"] == "text")

@@ -40,9 +40,10 @@ batch = {
 }
 batch["image_index"][:, 2:6] = np.arange(4)
 
-def run(batch, keys, states):
+def run(batch, keys, states, rows=None):
     features = encode_images(graphdef, states, batch)
-    rollout = generate(graphdef, states, batch, features, keys, sampling=Sampling(9, (1,)), pad_id=0)
+    rollout = generate(graphdef, states, batch, features, keys, sampling=Sampling(9, (1,)), pad_id=0, rows=rows)
+    rollout = jax.device_put(rollout, keys.sharding)
     def loss(state):
         logprobs, _ = completion_logprobs(nnx.merge(graphdef, state, copy=True), batch, None, rollout.ids, temperature=1.0)
         return logprobs.mean()
@@ -53,7 +54,8 @@ keys = sample_keys(0, 0, np.arange(prompts), samples)
 one = run(jax.tree.map(jnp.asarray, batch), keys, (state,))
 mesh = data_mesh()
 assert mesh.size == 8
-eight = run(*shard_groups(batch, keys, mesh), (replicate(state, mesh),))
+with jax.set_mesh(mesh):
+    eight = run(*shard_groups(batch, keys, mesh), (replicate(state, mesh),), rows=prompts * samples // 2)
 assert len(eight[0].sharding.device_set) == 8 and not eight[0].is_fully_replicated
 np.testing.assert_array_equal(one[0], eight[0])
 for a, b in zip(jax.tree.leaves(one[1:]), jax.tree.leaves(eight[1:]), strict=True):

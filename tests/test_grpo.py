@@ -135,8 +135,43 @@ def test_on_policy_nothing_is_clipped_and_the_kl_starts_at_zero(tmp_path):
         assert row["clip_fraction"] == 0
         assert row["ratio_mean"] == row["ratio_max"] == 1
         assert 0 < row["sampler_gap"] < 1e-4, "sampler and trainer compute the same numbers in another order"
+        assert row["sampler_ratio_mean"] == pytest.approx(1, abs=1e-4)
+        assert 1 <= row["sampler_ratio_max"] < 1 + 1e-3
+        assert row["sampler_effective_share"] == pytest.approx(1, abs=1e-5)
+        assert 0 <= row["padding/row_steps"] < 1
     assert first["grad_norm"] > 0
     assert first["judge"] == pytest.approx(0.5, abs=0.35)
+
+
+def test_in_bfloat16_sampler_and_trainer_drift_apart_and_every_step_says_how_far(tmp_path):
+    rows = read_metrics(train(tmp_path, "max_steps=2", "model.dtype=bfloat16", "lora={rank: 2, dropout: 0.0}"))
+    assert len(rows) == 2
+    for row in rows:
+        assert 1e-4 < row["sampler_gap"] < 0.1
+        assert row["sampler_ratio_max"] > row["sampler_ratio_mean"] > 0.9
+        assert 0.9 < row["sampler_effective_share"] < 1
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_image_features_are_kept_for_scoring_only_while_the_tower_is_frozen(tmp_path, frozen):
+    settings = config(tmp_path, f"freeze_vision={str(frozen).lower()}")
+    policy, _, batch, ids = open_all(settings)
+    keys = sample_keys(settings.run.seed, 0, ids, settings.num_samples)
+    rollout, features, _ = grpo.sample(policy, (policy.trainable, policy.frozen), batch, keys, settings)
+    kept = grpo.to_learn(batch, features, rollout, settings).features
+    assert (kept is features) if frozen else (kept is None)
+
+
+def test_few_rows_at_a_time_sample_what_all_rows_at_once_do(tmp_path):
+    settings = config(tmp_path, "decode_rows=5", "micro_batch=2")
+    policy, _, batch, ids = open_all(settings)
+    keys = sample_keys(settings.run.seed, 0, ids, settings.num_samples)
+    states = (policy.trainable, policy.frozen)
+    few, _, usage = grpo.sample(policy, states, batch, keys, settings)
+    whole, _, _ = grpo.sample(policy, states, batch, keys, settings.model_copy(update={"decode_rows": None}))
+    np.testing.assert_array_equal(few.ids, whole.ids)
+    np.testing.assert_allclose(few.logprobs, whole.logprobs, atol=1e-5)
+    assert usage.tokens == int(whole.lengths.sum())
 
 
 def test_the_size_of_a_micro_batch_changes_nothing(tmp_path):
@@ -356,4 +391,5 @@ def test_devices_and_micro_batches_share_an_update_that_does_not_depend_on_them(
     (two,) = measured(tmp_path / "two" / "run")
     assert one["clip_fraction"] > 0
     assert two.pop("sampler_gap") == pytest.approx(one.pop("sampler_gap"), abs=1e-6)
+    assert two.pop("padding/row_steps") + one.pop("padding/row_steps") < 1, "lanes wait for each other"
     assert two == pytest.approx(one, rel=1e-4, abs=1e-6)

@@ -20,7 +20,6 @@ from sif_jax.bench.report_line import Figures, machine, text_report
 from sif_jax.bench.transformers_generate import TransformersGenerate
 from sif_jax.bench.workload import random_batch
 from sif_jax.config import DecodeBenchConfig
-from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from sif_jax.models.qwen2_5_vl.weights import load_model, save_model
@@ -179,11 +178,5 @@ def _same(ours: Timed, theirs: Timed, limits: Int[np.ndarray, "P M"]) -> float:
 
 def _write_random_checkpoint(config: DecodeBenchConfig, directory: Path) -> None:
     architecture = Qwen2_5_VLConfig.from_directory(config.architecture)
-    if config.min_new_tokens > config.max_new_tokens:
-        raise InputError(
-            "the shortest completion is longer than the longest",
-            value=config.min_new_tokens,
-            expected=f"at most max_new_tokens={config.max_new_tokens}",
-        )
     model = Qwen2_5_VL(architecture, param_dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(params=config.seed))
     save_model(model, directory, source=Path(config.architecture))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from sif_jax.config.inputs import DataConfig, ModelConfig, PromptConfig
 from sif_jax.config.section import Config
+from sif_jax.errors import InputError
 
 Words = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -93,3 +94,13 @@ class DecodeBenchConfig(Config):
     temperature: NonNegativeFloat = Field(default=0.0, description="sampling temperature; 0: greedy, and compared")
     repeats: PositiveInt = Field(default=1, description="timed turns of each engine")
     seed: NonNegativeInt = Field(default=0, description="of the weights, the lengths and the samples")
+
+    @model_validator(mode="after")
+    def _lengths_are_ordered(self) -> DecodeBenchConfig:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise InputError(
+                "min_new_tokens is above max_new_tokens",
+                value=self.min_new_tokens,
+                expected=f"at most {self.max_new_tokens}",
+            )
+        return self
