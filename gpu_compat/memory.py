@@ -59,7 +59,7 @@ def plan(setting: Setting) -> MemoryPlan:
         expected = f"a divisor of {devices}"
         raise InputError("the GPUs do not divide", value=f"--fsdp {setting.fsdp}", expected=expected)
     phases = (
-        grpo_phases(config, setting.model, devices)
+        grpo_phases(config, setting.model, devices, setting.fsdp)
         if isinstance(config, GrpoConfig)
         else sft_phases(_as_sft(config), setting.model, devices)
     )

@@ -82,7 +82,7 @@ def sft_phases(config: SftConfig, model: Qwen2_5_VLConfig, devices: int) -> list
     return [Phase("gradient step", _backward(config, model, shape))]
 
 
-def grpo_phases(config: GrpoConfig, model: Qwen2_5_VLConfig, devices: int) -> list[Phase]:
+def grpo_phases(config: GrpoConfig, model: Qwen2_5_VLConfig, devices: int, fsdp: int) -> list[Phase]:
     """As `parallel.mesh.shard_groups` splits: prompts over the devices, else the samples of every prompt."""
     length, patches = config.data.buckets.pairs[-1]
     prompts, samples = config.prompts_per_step, config.num_samples
@@ -96,7 +96,7 @@ def grpo_phases(config: GrpoConfig, model: Qwen2_5_VLConfig, devices: int) -> li
     rollout = Shape(prompts, length, samples, config.max_new_tokens, patches)
     learn = rollout._replace(prompts=learning)
     return [
-        Phase("rollout", _rollout(config, model, rollout)),
+        Phase("rollout", _rollout(config, model, rollout) | {"layers apart": _layers_apart(config, model) / fsdp}),
         Phase("gradient step", _backward(config, model, learn)),
     ]
 
@@ -119,6 +119,14 @@ def _rollout(config: GrpoConfig, model: Qwen2_5_VLConfig, shape: Shape) -> dict[
         "working": max(prefill + _self_attention(text.num_attention_heads, shape), _vision_forward(model, shape, e)),
         "batch": _batch(model, shape),
     }
+
+
+def _layers_apart(config: GrpoConfig, model: Qwen2_5_VLConfig) -> float:
+    """The decoder's weights once more (`separate_layers`), biases and norms left out."""
+    text = model.text
+    attention = 2 * text.hidden_size * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
+    layer = attention + 3 * text.hidden_size * text.intermediate_size
+    return 0.0 if config.separate_layers is False else _itemsize(config) * text.num_hidden_layers * layer
 
 
 def _backward(config: TrainConfig, model: Qwen2_5_VLConfig, shape: Shape) -> dict[str, float]:

@@ -25,7 +25,7 @@ from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from sif_jax.models.qwen2_5_vl.weights import load_model, save_model
 from sif_jax.ops.attention_choice import choose_backend
 from sif_jax.rollout import programs
-from sif_jax.rollout.engine import encode_images, generate, make_slots
+from sif_jax.rollout.engine import encode_images, generate, make_slots, separates_layers
 from sif_jax.rollout.sampling import Sampling, sample_keys
 from sif_jax.rollout.schedule import Usage, empty_rows
 
@@ -140,7 +140,7 @@ def _step_figures(
         sampling, prompts=config.prompts, samples=config.samples, rows=config.decode_rows, prefill=config.prefill or 1
     )
     model: Qwen2_5_VL = nnx.eval_shape(lambda: nnx.merge(graphdef, *states))
-    separate = jax.default_backend() == "cpu"
+    separate = separates_layers()
     layers = programs.separate_layers(graphdef, states) if separate else None
     shapes = {"dtype": model.compute_dtype, "separate": separate}
     pool = programs.empty_pool(model.config.text, slots.prompts, config.tokens, **shapes)

@@ -186,6 +186,11 @@ class GrpoConfig(TrainConfig):
     decode_rows: PositiveInt | None = Field(
         default=None, description="completions decoded at once, over the whole job; null: all of a step"
     )
+    separate_layers: bool | None = Field(
+        default=None,
+        description="decode from a second copy of the decoder's weights, which XLA need not copy at every step; "
+        "null: on CPU and GPU",
+    )
     epochs: PositiveInt = Field(default=20, description="visits to every prompt")
     max_steps: PositiveInt | None = Field(default=None, description="rollouts, whatever epochs says; null: from epochs")
     updates_per_rollout: PositiveInt = Field(default=1, description="optimizer steps on one rollout")

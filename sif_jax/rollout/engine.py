@@ -71,6 +71,7 @@ def generate(
     limits: Int[np.ndarray, "P M"] | None = None,
     decode_text: Decode | None = None,
     usage: Usage | None = None,
+    separate: bool | None = None,
 ) -> Rollout:
     """Continue each prompt of a batch (one prompt per row, padded on the right) M times.
 
@@ -91,7 +92,15 @@ def generate(
     whole = Prompts(batch, features, np.arange(prompts), np.asarray(jax.random.key_data(keys)), limits)
     units = split_prompts(whole, each, lanes=lanes if spread == "prompts" else 1)
     ended = stream(
-        graphdef, states, units, sampling=sampling, slots=slots, spread=spread, decode_text=decode_text, usage=usage
+        graphdef,
+        states,
+        units,
+        sampling=sampling,
+        slots=slots,
+        spread=spread,
+        decode_text=decode_text,
+        usage=usage,
+        separate=separate,
     )
     return _collect(ended, (prompts, samples, sampling.max_new_tokens), pad_id)
 
@@ -110,12 +119,12 @@ def stream(
 ) -> Iterator[Task]:
     """Completions as they end. Units are taken one by one, when there is room for their prompts.
 
-    `separate` holds each layer's weights, for the time of the rollout, as arrays of their own: faster on CPU, and a second
-    copy of the decoder; None: on CPU only.
+    `separate` holds each layer's weights, for the time of the rollout, as arrays of their own: a second copy of the decoder,
+    where XLA would copy each layer out of its stack at every step; None: on CPU and GPU, where it would.
     """
     if sampling.stop and decode_text is None:
         raise InputError("stop strings need the text", value=sampling.stop, fix="give decode_text")
-    separate = jax.default_backend() == "cpu" if separate is None else separate
+    separate = separates_layers() if separate is None else separate
     layers = programs.separate_layers(graphdef, states) if separate else None
     model: Qwen2_5_VL = nnx.eval_shape(lambda states: nnx.merge(graphdef, *states), states)
     text, dtype = model.config.text, model.compute_dtype
@@ -150,6 +159,12 @@ def stream(
         emitted = jax.device_get(emitted)
         column = (column + int(emitted.steps)) % plan.ring
         yield from schedule.take(emitted)
+
+
+def separates_layers() -> bool:
+    """What is faster on this platform: of the programs compiled for CPU and H100, those that loop over a stack copy it whole
+    at every step; TPUs read a layer where it lies."""
+    return jax.default_backend() != "tpu"
 
 
 def make_slots(

@@ -199,6 +199,7 @@ def sample(
         prefill=config.micro_batch,
         decode_text=processor.decode,
         usage=usage,
+        separate=config.separate_layers,
     )
     return jax.device_put(rollout, keys.sharding), features, usage
 

@@ -21,6 +21,7 @@ FREE_KEYS = {
     "run.samples_every",
     "model.remat",
     "model.attention",
+    "separate_layers",
     "judge.concurrency",
     "judge.timeout_s",
     "judge.retries",

@@ -218,7 +218,7 @@ class Decoder(nnx.Module):
         return self.norm(hidden)[:, 0], cache
 
     def separate_layers(self) -> tuple[nnx.State, ...]:
-        """The weights of each layer as arrays of their own: on CPU, XLA copies a layer out of its stack at every use."""
+        """The weights of each layer as arrays of their own: on CPU and GPU, XLA copies a layer out of its stack at every use."""
         _, stacked = nnx.split(self.layers)
         return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(self.config.num_hidden_layers))
 
