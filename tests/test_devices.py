@@ -14,7 +14,8 @@ from flax import nnx
 jax.config.update("jax_default_matmul_precision", "highest")
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
-from sif_jax.parallel.mesh import data_mesh, replicate, shard_groups
+from sif_jax.parallel.mesh import data_mesh
+from sif_jax.parallel.placement import replicate, shard_groups
 from sif_jax.rollout.engine import encode_images, generate
 from sif_jax.rollout.sampling import Sampling, sample_keys
 from sif_jax.training.policy import completion_logprobs

@@ -6,17 +6,20 @@ import dataclasses
 from pathlib import Path
 
 from flax import nnx
+from jax.sharding import Mesh
 
 from sif_jax.atomic import new_directory
 from sif_jax.config import LoraConfig, ModelConfig
 from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.adapter import write_lora
+from sif_jax.models.qwen2_5_vl.axes import place_parameters
 from sif_jax.models.qwen2_5_vl.chat import ChatProcessor
 from sif_jax.models.qwen2_5_vl.checkpoint import Checkpoint, find_checkpoint, open_model, open_processor
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from sif_jax.models.qwen2_5_vl.lora import add_lora, lora_of, merge_lora, split_trainable
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from sif_jax.models.qwen2_5_vl.weights import write_model
+from sif_jax.parallel.mesh import data_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +34,17 @@ class Policy:
     source: Checkpoint
 
 
-def open_policy(config: ModelConfig, *, lora: LoraConfig | None, freeze_vision: bool, seed: int) -> Policy:
+def open_policy(
+    config: ModelConfig, *, lora: LoraConfig | None, freeze_vision: bool, seed: int, mesh: Mesh | None = None
+) -> Policy:
     """Load the checkpoint, fold in the adapter it comes with, attach a new one, and split what is trained from what is not."""
-    model = open_model(config)
+    mesh = mesh or data_mesh()
+    model = open_model(config, mesh)
+    place_parameters(model, mesh)
     merge_lora(model)
     if lora:
         add_lora(model, **lora.model_dump(), freeze_vision=freeze_vision, rngs=nnx.Rngs(params=seed))
+        place_parameters(model, mesh)
     graphdef, trainable, frozen = split_trainable(model, lora=lora is not None, freeze_vision=freeze_vision)
     return Policy(open_processor(config), model.config, graphdef, trainable, frozen, find_checkpoint(config))
 

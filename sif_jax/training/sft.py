@@ -19,7 +19,8 @@ from jaxtyping import Array
 from sif_jax.config import SftConfig
 from sif_jax.data.feed import open_feed
 from sif_jax.models.qwen2_5_vl.model import Batch
-from sif_jax.parallel.mesh import data_mesh, replicate, shard_rows
+from sif_jax.parallel.mesh import make_mesh
+from sif_jax.parallel.placement import check_rows, shard_rows
 from sif_jax.progress import Progress
 from sif_jax.training.checkpoint import Checkpoints
 from sif_jax.training.metrics import MetricsLog
@@ -27,18 +28,30 @@ from sif_jax.training.optimizer import learning_rate, make_optimizer
 from sif_jax.training.policy import TokenSums, next_token_loss
 from sif_jax.training.policy_files import check_finite, export_policy, open_policy
 from sif_jax.training.run_dir import open_run
-from sif_jax.training.state import accumulate, from_zeros, initial_state, make_apply, num_steps
+from sif_jax.training.state import (
+    StateShardings,
+    accumulate,
+    from_zeros,
+    initial_state,
+    make_apply,
+    num_steps,
+    state_shardings,
+)
 
 
 def train(config: SftConfig) -> Path:
     """Run one fine-tuning, or resume it; its directory then holds checkpoints, metrics and the exported model."""
-    directory, mesh = open_run(config), data_mesh()
+    mesh = make_mesh(config.mesh)
+    check_rows(config.batch_size, mesh)
+    directory = open_run(config)
     with jax.set_mesh(mesh):
         return _train(config, directory, mesh)
 
 
 def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
-    policy = open_policy(config.model, lora=config.lora, freeze_vision=config.freeze_vision, seed=config.run.seed)
+    policy = open_policy(
+        config.model, lora=config.lora, freeze_vision=config.freeze_vision, seed=config.run.seed, mesh=mesh
+    )
     feed = open_feed(
         config.data,
         config.prompt,
@@ -53,9 +66,10 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
     steps = config.max_steps if config.max_steps and config.packing else min(config.max_steps or whole, whole)
     optimizer = make_optimizer(config.optimizer, steps)
     dropout = config.lora is not None and config.lora.dropout > 0
-    add_gradients = from_zeros(make_gradients(policy.graphdef, dropout=dropout), config.accumulation)
-    apply = make_apply(optimizer)
-    state, frozen = replicate((initial_state(policy.trainable, optimizer), policy.frozen), mesh)
+    where, frozen = state_shardings(policy.trainable, optimizer, mesh), policy.frozen
+    gradients = make_gradients(policy.graphdef, dropout=dropout, shardings=where)
+    add_gradients, apply = from_zeros(gradients, config.accumulation), make_apply(optimizer, where)
+    state = initial_state(policy.trainable, optimizer, where)
     checkpoints, start = Checkpoints(directory / "checkpoints", config.run.keep), 0
     if checkpoints.latest() is not None:
         start, saved, host = checkpoints.restore(None, {"state": state})
@@ -96,7 +110,9 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
     return directory
 
 
-def make_gradients(graphdef: nnx.GraphDef, *, dropout: bool) -> Callable[..., Any]:
+def make_gradients(
+    graphdef: nnx.GraphDef, *, dropout: bool, shardings: StateShardings | None = None
+) -> Callable[..., Any]:
     """(earlier or None, trainable, frozen, batch, key) → (summed gradients, TokenSums)."""
 
     def gradients(trainable: nnx.State, frozen: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, TokenSums]:
@@ -107,7 +123,7 @@ def make_gradients(graphdef: nnx.GraphDef, *, dropout: bool) -> Callable[..., An
         (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
         return gradients, sums
 
-    return accumulate(gradients)
+    return accumulate(gradients, shardings=shardings)
 
 
 def _metrics(sums: TokenSums, norm: Array, seconds: float) -> dict[str, float]:
