@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,16 @@ BATCH_AXES: Mapping[str, Axes] = {
     "patch_segments": ("batch", "patches"),
     "window_slot": ("batch", "patches"),
 }
+
+
+class Shard(NamedTuple):
+    """Part `index` of `count` equal parts of a batch's rows: what one process holds on its host."""
+
+    index: int = 0
+    count: int = 1
+
+
+WHOLE = Shard()
 
 
 def put(array: np.ndarray | jax.Array, where: NamedSharding) -> jax.Array:
@@ -59,19 +69,28 @@ def check_rows(rows: int, mesh: Mesh | AbstractMesh, *, key: str = "batch_size")
         )
 
 
-def shard_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Split the rows of a batch, and the tokens and patches of each row, over the devices.
+def shard_rows(batch: Mapping[str, np.ndarray], mesh: Mesh, shard: Shard = WHOLE) -> dict[str, jax.Array]:
+    """Split the rows of a batch, and the tokens and patches of each row, over the devices; `batch` is this process's part.
 
     Raises:
       InputError: the rows do not divide evenly.
     """
-    check_rows(len(batch["tokens"]), mesh)
-    return {name: put(array, _batch_sharding(name, array, mesh)) for name, array in batch.items()}
+    check_rows(len(batch["tokens"]) * shard.count, mesh)
+    return {name: _put_rows(name, array, mesh, shard) for name, array in batch.items()}
 
 
-def _batch_sharding(name: str, array: np.ndarray, mesh: Mesh) -> NamedSharding:
-    axes = BATCH_AXES.get(name, ("batch",))
-    return sharding(mesh, (*axes, *(None,) * (array.ndim - len(axes))), array.shape)
+def _put_rows(name: str, array: np.ndarray, mesh: Mesh, shard: Shard) -> jax.Array:
+    axes, shape = BATCH_AXES.get(name, ("batch",)), (len(array) * shard.count, *array.shape[1:])
+    where = sharding(mesh, (*axes, *(None,) * (array.ndim - len(axes))), shape)
+    if shard.count == 1:
+        return put(array, where)
+    first = shard.index * len(array)
+
+    def own(index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(shape[0])
+        return array[(slice(start - first, stop - first), *index[1:])]
+
+    return jax.make_array_from_callback(shape, where, own)
 
 
 def split_by_prompts(prompts: int, samples: int, mesh: Mesh | AbstractMesh) -> bool:
@@ -92,7 +111,12 @@ def split_by_prompts(prompts: int, samples: int, mesh: Mesh | AbstractMesh) -> b
 
 
 def shard_groups(
-    batch: dict[str, np.ndarray], keys: Key[Array, "P M"], mesh: Mesh, *, by_prompts: bool | None = None
+    batch: dict[str, np.ndarray],
+    keys: Key[Array, "P M"],
+    mesh: Mesh,
+    *,
+    by_prompts: bool | None = None,
+    shard: Shard = WHOLE,
 ) -> tuple[dict[str, jax.Array], Key[Array, "P M"]]:
     """Split prompts over the devices, or where they are too few the samples of every prompt.
 
@@ -103,7 +127,7 @@ def shard_groups(
     if by_prompts is None:
         by_prompts = split_by_prompts(prompts, samples, mesh)
     if by_prompts:
-        return shard_rows(batch, mesh), put_groups(keys, mesh, by_prompts=True)
+        return shard_rows(batch, mesh, shard), put_groups(keys, mesh, by_prompts=True)
     return replicate(batch, mesh), put_groups(keys, mesh, by_prompts=False)
 
 

@@ -24,21 +24,24 @@ from sif_jax.config import GrpoConfig
 from sif_jax.data.feed import open_feed
 from sif_jax.judge import Judge, JudgeStoppedError, open_judge
 from sif_jax.models.qwen2_5_vl.model import Batch
+from sif_jax.parallel.distributed import data_shard, is_first
 from sif_jax.parallel.mesh import make_mesh
-from sif_jax.parallel.placement import gather, put_groups, shard_groups, split_by_prompts
+from sif_jax.parallel.placement import WHOLE, gather, put_groups, shard_groups, split_by_prompts
 from sif_jax.progress import Progress
 from sif_jax.rollout.engine import Rollout, encode_images, generate
 from sif_jax.rollout.sampling import Sampling, sample_keys
+from sif_jax.training.accounts import share_of_account, share_of_caps, whole_account
 from sif_jax.training.checkpoint import Checkpoints
+from sif_jax.training.exchange import together_ids
 from sif_jax.training.feedback import Feedback, reward_rollout, submit_rollout
 from sif_jax.training.groups import Completions, Groups, join_rows, split_rows, to_learn
-from sif_jax.training.metrics import MetricsLog
+from sif_jax.training.metrics import open_log, padding
 from sif_jax.training.objective import PolicyLoss, policy_loss
 from sif_jax.training.optimizer import learning_rate, make_optimizer
 from sif_jax.training.policy import completion_logprobs
 from sif_jax.training.policy_files import Policy, check_finite, export_policy, open_policy
 from sif_jax.training.reference import Reference, reference_logprobs, reference_of
-from sif_jax.training.run_dir import open_run
+from sif_jax.training.run_dir import open_run_together
 from sif_jax.training.samples import SampleLog
 from sif_jax.training.state import (
     StateShardings,
@@ -66,8 +69,8 @@ def train(config: GrpoConfig) -> Path:
     """Run one GRPO-SIF training, or resume it; its directory then holds checkpoints, metrics and the exported model."""
     mesh = make_mesh(config.mesh)
     split_by_prompts(config.micro_batch, config.num_samples, mesh)
-    directory = open_run(config)
-    with jax.set_mesh(mesh), closing(open_judge(config.judge)) as judge:
+    directory = open_run_together(config)
+    with jax.set_mesh(mesh), closing(open_judge(share_of_caps(config.judge))) as judge:
         return _train(config, directory, mesh, judge)
 
 
@@ -75,6 +78,8 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
     policy = open_policy(
         config.model, lora=config.lora, freeze_vision=config.freeze_vision, seed=config.run.seed, mesh=mesh
     )
+    by_prompts = split_by_prompts(config.micro_batch, config.num_samples, mesh)
+    shard = data_shard(mesh) if by_prompts else WHOLE
     feed = open_feed(
         config.data,
         config.prompt,
@@ -83,6 +88,9 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
         target="none",
         batch_size=config.prompts_per_step,
         seed=config.run.seed,
+        shard=shard.index,
+        num_shards=shard.count,
+        fixed_shape=jax.process_count() > 1,
     )
     whole = num_steps(len(feed.records) * config.epochs, config.prompts_per_step)
     steps = min(config.max_steps or whole, whole)
@@ -93,7 +101,6 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
     add_gradients = from_zeros(gradients, config.prompts_per_step // config.micro_batch)
     apply = make_apply(optimizer, where)
     state = initial_state(policy.trainable, optimizer, where)
-    by_prompts = split_by_prompts(config.micro_batch, config.num_samples, mesh)
     reference = reference_of(policy.graphdef, state.trainable, frozen) if config.objective.kl_beta else None
     previous_means, start = np.full(len(feed.records), np.nan, np.float32), 0
     checkpoints = Checkpoints(directory / "checkpoints", config.run.keep)
@@ -101,21 +108,21 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
         start, saved, host = checkpoints.restore(None, {"state": state, "previous_means": previous_means})
         state, previous_means = saved["state"], saved["previous_means"]
         feed.loader.set_state(host["loader"])
-        judge.set_state(host["judge"])
-    log = MetricsLog(directory, start_step=start, tensorboard=config.run.tensorboard, wandb=config.run.wandb)
+        judge.set_state(share_of_account(host["judge"]))
+    log = open_log(directory, config.run, start_step=start)
     samples = SampleLog(directory, config, feed, log)
-    progress = Progress("grpo", steps, start=start)
+    progress = Progress("grpo", steps, start=start, shown=is_first())
 
     def save(step: int, loader: dict[str, int]) -> None:
         arrays = {"state": state, "previous_means": previous_means}
-        checkpoints.save(step, arrays=arrays, host={"loader": loader, "judge": judge.state()})
+        checkpoints.save(step, arrays=arrays, host={"loader": loader, "judge": whole_account(judge)})
 
     for step in range(start, steps):
         times, loader_before = [time.monotonic()], feed.loader.get_state()
         prompts = next(feed.loader)
-        ids = np.array([index for (index,) in prompts.records])
+        ids = together_ids(prompts.records, shard)
         keys = sample_keys(config.run.seed, step, ids, config.num_samples)
-        batch, keys = shard_groups(prompts.arrays, keys, mesh, by_prompts=by_prompts)
+        batch, keys = shard_groups(prompts.arrays, keys, mesh, by_prompts=by_prompts, shard=shard)
         rollout, features = sample(policy, (state.trainable, frozen), batch, keys, config)
         rollout = jax.tree.map(jnp.asarray, gather(rollout))
         times.append(time.monotonic())
@@ -150,8 +157,7 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
         metrics = _metrics(feedback, rollout, updates, config) | {
             "grad_norm": float(norm),
             "learning_rate": float(jnp.asarray(rate(step * config.updates_per_rollout))),
-            "padding/tokens": prompts.waste.tokens,
-            "padding/patches": prompts.waste.patches,
+            **padding(prompts.waste),
         }
         check_finite(metrics["loss"], step=step, file=directory)
         samples.log(step, ids, rollout, feedback)

@@ -11,14 +11,15 @@ from jax.sharding import Mesh
 from sif_jax.atomic import new_directory
 from sif_jax.config import LoraConfig, ModelConfig
 from sif_jax.errors import InputError
-from sif_jax.models.qwen2_5_vl.adapter import write_lora
+from sif_jax.models.qwen2_5_vl.adapter import gather_adapter, write_lora
 from sif_jax.models.qwen2_5_vl.axes import place_parameters
 from sif_jax.models.qwen2_5_vl.chat import ChatProcessor
 from sif_jax.models.qwen2_5_vl.checkpoint import Checkpoint, find_checkpoint, open_model, open_processor
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from sif_jax.models.qwen2_5_vl.lora import add_lora, lora_of, merge_lora, split_trainable
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
-from sif_jax.models.qwen2_5_vl.weights import write_model
+from sif_jax.models.qwen2_5_vl.weights import gather_weights, write_model
+from sif_jax.parallel.distributed import is_first, raise_together
 from sif_jax.parallel.mesh import data_mesh
 
 
@@ -52,17 +53,28 @@ def open_policy(
 def export_policy(policy: Policy, trainable: nnx.State, run: Path) -> None:
     """Write `run/model`, adapters merged, and `run/adapter` where there is one; earlier exports stay until then.
 
-    The weights of `policy.frozen` are used up.
+    The first process writes, tensor by tensor; the others give it their parts. The weights of `policy.frozen` are used up.
+
+    Raises:
+      InputError: on every process, where the first cannot write.
     """
     model = nnx.merge(policy.graphdef, trainable, policy.frozen, copy=True)
-    if lora_of(model).factors and not policy.source.adapter:
-        write_adapter(policy, model, run / "adapter", replace=True)
-    write_merged(policy, model, run / "model", replace=True)
+    problem = None
+    try:
+        if lora_of(model).factors and not policy.source.adapter:
+            write_adapter(policy, model, run / "adapter", replace=True)
+        write_merged(policy, model, run / "model", replace=True)
+    except InputError as error:
+        problem = error
+    raise_together(problem)
 
 
 def write_merged(policy: Policy, model: Qwen2_5_VL, directory: Path, *, replace: bool = False) -> None:
     """A Hugging Face directory with adapters folded in, which records the pixel limits of the run."""
     merge_lora(model)
+    if not is_first():
+        gather_weights(model)
+        return
     with new_directory(directory, replace=replace) as partial:
         write_model(model, partial, source=policy.source.base)
         policy.processor.image_processor.save(partial, trained=True)
@@ -82,6 +94,9 @@ def write_adapter(policy: Policy, model: Qwen2_5_VL, directory: Path, *, replace
             value=f"model.adapter={folded}",
             fix="export format=merged; or export the first adapter merged, and train on that",
         )
+    if not is_first():
+        gather_adapter(model)
+        return
     with new_directory(directory, replace=replace) as partial:
         write_lora(model, partial, base=str(base))
         policy.processor.image_processor.save(partial, trained=True)

@@ -19,15 +19,16 @@ from jaxtyping import Array
 from sif_jax.config import SftConfig
 from sif_jax.data.feed import open_feed
 from sif_jax.models.qwen2_5_vl.model import Batch
+from sif_jax.parallel.distributed import data_shard, is_first
 from sif_jax.parallel.mesh import make_mesh
 from sif_jax.parallel.placement import check_rows, shard_rows
 from sif_jax.progress import Progress
 from sif_jax.training.checkpoint import Checkpoints
-from sif_jax.training.metrics import MetricsLog
+from sif_jax.training.metrics import open_log, padding
 from sif_jax.training.optimizer import learning_rate, make_optimizer
 from sif_jax.training.policy import TokenSums, next_token_loss
 from sif_jax.training.policy_files import check_finite, export_policy, open_policy
-from sif_jax.training.run_dir import open_run
+from sif_jax.training.run_dir import open_run_together
 from sif_jax.training.state import (
     StateShardings,
     accumulate,
@@ -43,7 +44,7 @@ def train(config: SftConfig) -> Path:
     """Run one fine-tuning, or resume it; its directory then holds checkpoints, metrics and the exported model."""
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, mesh)
-    directory = open_run(config)
+    directory = open_run_together(config)
     with jax.set_mesh(mesh):
         return _train(config, directory, mesh)
 
@@ -52,6 +53,7 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
     policy = open_policy(
         config.model, lora=config.lora, freeze_vision=config.freeze_vision, seed=config.run.seed, mesh=mesh
     )
+    shard = data_shard(mesh)
     feed = open_feed(
         config.data,
         config.prompt,
@@ -61,6 +63,9 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
         batch_size=config.batch_size,
         seed=config.run.seed,
         pack=config.packing,
+        shard=shard.index,
+        num_shards=shard.count,
+        fixed_shape=jax.process_count() > 1,
     )
     whole = num_steps(len(feed.records) * config.epochs, config.batch_size * config.accumulation)
     steps = config.max_steps if config.max_steps and config.packing else min(config.max_steps or whole, whole)
@@ -75,8 +80,8 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
         start, saved, host = checkpoints.restore(None, {"state": state})
         state = saved["state"]
         feed.loader.set_state(host["loader"])
-    log = MetricsLog(directory, start_step=start, tensorboard=config.run.tensorboard, wandb=config.run.wandb)
-    progress, rate = Progress("sft", steps, start=start), learning_rate(config.optimizer, steps)
+    log = open_log(directory, config.run, start_step=start)
+    progress, rate = Progress("sft", steps, start=start, shown=is_first()), learning_rate(config.optimizer, steps)
     key = jax.random.key(config.run.seed)
 
     for step in range(start, steps):
@@ -85,7 +90,7 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
         for micro in range(config.accumulation):
             loaded = next(feed.loader)
             batch, micro_key = (
-                shard_rows(loaded.arrays, mesh),
+                shard_rows(loaded.arrays, mesh, shard),
                 jax.random.fold_in(key, step * config.accumulation + micro),
             )
             gathered = add_gradients(gathered, state.trainable, frozen, batch, micro_key)
@@ -94,8 +99,7 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
         if (step + 1) % config.run.log_every == 0:
             metrics = _metrics(jax.block_until_ready(sums), norm, time.monotonic() - began) | {
                 "learning_rate": float(jnp.asarray(rate(step))),
-                "padding/tokens": loaded.waste.tokens,
-                "padding/patches": loaded.waste.patches,
+                **padding(loaded.waste),
             }
             check_finite(metrics["loss"], step=step, file=directory)
             log.log(step, metrics)

@@ -19,6 +19,7 @@ from sif_jax.models.qwen2_5_vl.layers import Key
 from sif_jax.models.qwen2_5_vl.vision import VisionTower
 from sif_jax.ops.attention_backends import Backend
 from sif_jax.ops.scan import Remat
+from sif_jax.ops.windows import take_rows
 from sif_jax.parallel.partition import constrain
 
 Batch = Mapping[str, Array]
@@ -78,7 +79,7 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801  the model's published name
         if batch["patches"].shape[1] == 0:
             return hidden
         features = self.image_features(batch, key) if features is None else features
-        shown = jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
+        shown = take_rows(features, jnp.maximum(index, 0))
         return along_rows(jnp.where((index >= 0)[..., None], shown.astype(hidden.dtype), hidden))
 
     def hidden(self, batch: Batch, key: Key = None) -> Shaped[Array, "B L D"]:

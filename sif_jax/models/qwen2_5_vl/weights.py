@@ -33,6 +33,7 @@ from sif_jax.models.qwen2_5_vl.names import Tensor, checkpoint_tensors, hub_name
 from sif_jax.models.qwen2_5_vl.tensor_file import INDEX, TensorFile, TensorSpec, weight_files, write_tensors
 from sif_jax.ops.attention_backends import Backend
 from sif_jax.ops.scan import Remat
+from sif_jax.parallel.placement import gather
 
 SHARD_BYTES = 5 * 10**9
 # A parameter up to this size, all its layers together, is laid out on the host: norms and biases need no program each.
@@ -242,9 +243,9 @@ class _Export(NamedTuple):
 
     def gather(self) -> np.ndarray:
         if self.array.nbytes <= SMALL_BYTES:
-            return self.tensor.to_theirs(np.asarray(self.array)[self.layer if self.tensor.stacked else ...])
+            return self.tensor.to_theirs(gather(self.array)[self.layer if self.tensor.stacked else ...])
         value = _take(self.array, self.layer, stacked=self.tensor.stacked, transposed=self.tensor.transposed)
-        return np.asarray(value).reshape(self.tensor.shape)
+        return gather(value).reshape(self.tensor.shape)
 
 
 def _exports(model: Qwen2_5_VL) -> Iterator[_Export]:
@@ -286,6 +287,12 @@ def save_weights(model: Qwen2_5_VL, directory: Path, *, shard_bytes: int = SHARD
     }
     index = {"metadata": totals, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def gather_weights(model: Qwen2_5_VL) -> None:
+    """The part of the other processes in `save_weights` by one: they give their parts of each tensor, in its order."""
+    for export in _exports(model):
+        export.gather()
 
 
 def _write_shard(path: Path, shard: list[_Export]) -> None:
