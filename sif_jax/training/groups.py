@@ -57,7 +57,12 @@ def to_learn(batch: Batch, features: Array, rollout: Rollout, config: GrpoConfig
 def split_rows(tree: Any, rows: int) -> list[Any]:
     """Micro-batches of `rows` prompts; on a mesh each takes its share of every device's prompts, so that none moves."""
     count = len(jax.tree.leaves(tree)[0]) // rows
-    return [tree] if count == 1 else [_part(tree, number, count) for number in range(count)]
+    return [tree] if count == 1 else [_lying_as(tree, _part(tree, number, count)) for number in range(count)]
+
+
+def _lying_as(whole: Any, part: Any) -> Any:
+    """Samples that are split over the devices stay so."""
+    return jax.tree.map(lambda x, y: jax.device_put(y, x.sharding) if isinstance(x, jax.Array) else y, whole, part)
 
 
 @partial(jax.jit, static_argnames="count")
