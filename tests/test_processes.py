@@ -12,7 +12,7 @@ from sif_jax.parallel.distributed import read_environment
 from sif_jax.training.accounts import share_of_account
 from sif_jax.training.exchange import own_run
 from tests.processes import finish, start
-from tests.tiny_run import measured, records_of, tiny_files, weights, write_rows
+from tests.tiny_run import measured, tiny_files, weights
 
 # SGD-like: with a large eps Adam's update is proportional to the gradient, so that errors are not blown up.
 SGD = ["optimizer.eps=1.0", "optimizer.learning_rate=1.0"]
@@ -57,15 +57,6 @@ def test_processes_train_what_one_does(tmp_path, stage, count, options):
     assert all(output.count("attention:") == (index == 0) for index, output in enumerate(outputs))
     if stage == "grpo":
         assert all(re.findall(r"judged (\d+)", output) == [str(12 // count)] * 3 for output in outputs)
-
-
-@pytest.mark.slow
-def test_a_process_whose_rows_have_no_image_trains_on(tmp_path):
-    rows_of_pictures = records_of("sft")[:4]
-    file = write_rows(tiny_files() / "scenes" / "half.json", rows_of_pictures)
-    settings = [inputs("sft")[0], f"data.path={file}", "max_steps=2", "prompt.depth_input=false", *SGD]
-    outputs = finish(start("sft", tmp_path / "many", 2, *settings, "data.limit=4"))
-    assert len(outputs) == 2
 
 
 @pytest.mark.parametrize(
