@@ -153,8 +153,10 @@ def sft(config: SftConfig, dry_run: bool) -> None:
         rows = _report_inputs(config.run, config.model.path, config.data)
         _report_steps(rows, config.epochs, config.batch_size * config.accumulation, config.max_steps)
         return
+    from sif_jax.parallel.distributed import start_processes
     from sif_jax.training.sft import train
 
+    start_processes()
     click.echo(train(config))
 
 
@@ -172,8 +174,10 @@ def grpo(config: GrpoConfig, dry_run: bool) -> None:
         rows = _report_inputs(config.run, config.model.path, config.data)
         _report_steps(rows, config.epochs, config.prompts_per_step, config.max_steps)
         return
+    from sif_jax.parallel.distributed import start_processes
     from sif_jax.training.grpo import train
 
+    start_processes()
     click.echo(train(config))
 
 

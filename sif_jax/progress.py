@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 import time
 from typing import Any, SupportsFloat
@@ -19,14 +20,16 @@ class Progress:
         total: int,
         *,
         start: int = 0,
+        shown: bool = True,
         stream: io.TextIOBase | None = None,
         line_every_s: float = 30.0,
     ) -> None:
         self._stream: Any = stream or sys.stderr
-        is_terminal = self._stream.isatty()
+        is_terminal = shown and self._stream.isatty()
         self._bar = tqdm(total=total, initial=start, desc=description, file=self._stream) if is_terminal else None
+        self._shown = shown
         self._description, self._total, self._start, self._done = description, total, start, start
-        self._line_every_s = line_every_s
+        self._line_every_s = line_every_s if shown else math.inf
         self._began = self._last_line = time.monotonic()
 
     def advance(self, steps: int = 1, **shown: SupportsFloat) -> None:
@@ -37,7 +40,7 @@ class Progress:
             self._bar.update(steps)
             return
         now = time.monotonic()
-        if now - self._last_line >= self._line_every_s or self._done >= self._total:
+        if now - self._last_line >= self._line_every_s or (self._done >= self._total and self._shown):
             self._last_line = now
             remaining = (now - self._began) / (self._done - self._start) * (self._total - self._done)
             eta = tqdm.format_interval(remaining)

@@ -391,8 +391,45 @@ def test_packing_keeps_the_order_and_loses_nothing():
 
 def test_processes_share_one_stream():
     whole = seen(take(loader(batch_size=1), 30))
-    shares = [seen(take(loader(batch_size=1, process_index=i, process_count=3), 10)) for i in range(3)]
+    shares = [seen(take(loader(batch_size=3, shard=i, num_shards=3), 10)) for i in range(3)]
     assert [index for turn in zip(*shares, strict=True) for index in turn] == whole
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"pack": True}, {"on_error": "skip", "epochs": 3}, {"epochs": 1}],
+    ids=["plain", "packed", "skipped", "ends"],
+)
+@pytest.mark.parametrize("num_shards", [2, 4])
+def test_shards_put_together_are_the_batches_of_one_loader_and_resume_as_any_number(options, num_shards):
+    encode = [bad_at(5, 11)] if "on_error" in options else []
+    batches = take(loader(*encode, batch_size=4, **options), 6)
+    shards = [loader(*encode, batch_size=4, shard=i, num_shards=num_shards, **options) for i in range(num_shards)]
+    for batch in batches[:4]:
+        parts = [next(shard) for shard in shards]
+        assert tuple(row for part in parts for row in part.records) == batch.records
+    states = [shard.get_state() for shard in shards]
+    assert all(state == states[0] for state in states)
+    resumed = loader(*encode, batch_size=4, **options)
+    resumed.set_state(states[0])
+    assert [batch.records for batch in take(resumed, 2)] == [batch.records for batch in batches[4:6]]
+
+
+def test_a_shard_encodes_its_own_rows_alone():
+    encoded = []
+
+    def encode(index):
+        encoded.append(index)
+        return example(index)
+
+    mine = seen(take(loader(encode, batch_size=4, shard=1, num_shards=2, prefetch=1, num_threads=1), 3))
+    assert set(mine) <= set(encoded)
+    assert len(encoded) < 3 * 4
+
+
+def test_rows_that_processes_cannot_share_are_refused():
+    with pytest.raises(InputError, match="rows do not divide over the processes; got 3; expected a multiple of 2"):
+        loader(batch_size=3, shard=0, num_shards=2)
 
 
 def test_a_bad_record_stops_the_run():

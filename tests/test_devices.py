@@ -14,7 +14,8 @@ from flax import nnx
 jax.config.update("jax_default_matmul_precision", "highest")
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
-from sif_jax.parallel.mesh import data_mesh, replicate, shard_groups
+from sif_jax.parallel.mesh import data_mesh
+from sif_jax.parallel.placement import replicate, shard_groups
 from sif_jax.rollout.engine import encode_images, generate
 from sif_jax.rollout.sampling import Sampling, sample_keys
 from sif_jax.training.policy import completion_logprobs
@@ -43,12 +44,12 @@ batch["image_index"][:, 2:6] = np.arange(4)
 def run(batch, keys, states, rows=None):
     features = encode_images(graphdef, states, batch)
     rollout = generate(graphdef, states, batch, features, keys, sampling=Sampling(9, (1,)), pad_id=0, rows=rows)
-    rollout = jax.device_put(rollout, keys.sharding)
+    ids = jax.device_put(rollout.ids, keys.sharding)
     def loss(state):
-        logprobs, _ = completion_logprobs(nnx.merge(graphdef, state, copy=True), batch, None, rollout.ids, temperature=1.0)
+        logprobs, _ = completion_logprobs(nnx.merge(graphdef, state, copy=True), batch, None, ids, temperature=1.0)
         return logprobs.mean()
     value, gradients = jax.jit(jax.value_and_grad(loss))(states[0])
-    return rollout.ids, value, gradients
+    return ids, value, gradients
 
 keys = sample_keys(0, 0, np.arange(prompts), samples)
 one = run(jax.tree.map(jnp.asarray, batch), keys, (state,))

@@ -22,6 +22,7 @@ from sif_jax.judge import JudgeStoppedError, RuleJudge
 from sif_jax.judge import completions as judging
 from sif_jax.models.qwen2_5_vl.checkpoint import open_model
 from sif_jax.models.qwen2_5_vl.lora import split_trainable
+from sif_jax.parallel.mesh import data_mesh
 from sif_jax.rollout.sampling import sample_keys
 from sif_jax.training import grpo
 from sif_jax.training.checkpoint import Checkpoints
@@ -217,7 +218,7 @@ def test_with_adapters_the_reference_is_the_base_model_bit_for_bit_and_its_progr
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 500, (len(batch["tokens"]), 3, 8)), jnp.int32)
     adapters = jax.tree.map(lambda x: x + 0.1, policy.trainable)
     reference = reference_of(policy.graphdef, adapters, policy.frozen)
-    base_graph, nothing, base = split_trainable(open_model(settings.model), lora=True, freeze_vision=True)
+    base_graph, nothing, base = split_trainable(open_model(settings.model, data_mesh()), lora=True, freeze_vision=True)
     assert not jax.tree.leaves(nothing)
 
     inputs: Any = (batch, None, ids)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sif_jax.errors import InputError
-from sif_jax.rollout.engine import choose_spread, make_slots
+from sif_jax.rollout.engine import make_slots
 from sif_jax.rollout.sampling import Sampling
 from sif_jax.rollout.schedule import Schedule, Usage, ring_lengths, row_sizes
 from tests.fake_device import STOP, decode
@@ -124,5 +124,3 @@ def test_sizes_that_cannot_be_are_refused():
         make_slots(Sampling(8, ()), prompts=4, samples=1, rows=0)
     with pytest.raises(InputError, match="samples of a rollout; got 0"):
         make_slots(Sampling(8, ()), prompts=4, samples=0)
-    with pytest.raises(InputError, match="neither prompts nor samples divide"):
-        choose_spread(3, 5, 2)

@@ -4,6 +4,7 @@ from sif_jax.config.demo import DemoConfig, DemoScenesConfig, ScenesBuildConfig,
 from sif_jax.config.files import FieldRow, config_text, describe, dump_config, flat_config, load_config
 from sif_jax.config.inference import EvalConfig, ExportConfig, GenerateConfig, SamplingConfig
 from sif_jax.config.inputs import BucketsConfig, DataConfig, ModelConfig, PromptConfig
+from sif_jax.config.mesh import MeshConfig
 from sif_jax.config.reinforcement import GrpoConfig, JudgeConfig, ObjectiveConfig, RemoteConfig, RewardsConfig
 from sif_jax.config.studies import (
     AblationConfig,
@@ -31,6 +32,7 @@ __all__ = [
     "HacksBenchConfig",
     "JudgeConfig",
     "LoraConfig",
+    "MeshConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",

@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from sif_jax.config.inputs import DataConfig, ModelConfig, PromptConfig, check_images_fit
+from sif_jax.config.mesh import MeshConfig
 from sif_jax.config.section import Config, Fraction, OpenFraction
 from sif_jax.errors import InputError
 
@@ -102,6 +103,7 @@ class TrainConfig(Config):
     prompt: PromptConfig = PromptConfig()
     data: DataConfig
     optimizer: OptimizerConfig
+    mesh: MeshConfig = MeshConfig()
 
     @model_validator(mode="after")
     def _vision_is_frozen_or_adapted(self) -> TrainConfig:

@@ -35,6 +35,13 @@ class Batch(NamedTuple):
     records: tuple[tuple[int, ...], ...]
     waste: Waste
 
+    def rows(self, kept: slice) -> Batch:
+        """Some of the rows; all of them are this batch itself."""
+        if kept == slice(None):
+            return self
+        arrays = {name: array[kept] for name, array in self.arrays.items()}
+        return Batch(arrays, self.records[kept], _waste(arrays))
+
 
 @dataclass(frozen=True)
 class Collator:
@@ -79,6 +86,20 @@ class Collator:
             patch_dim=vision.patch_dim,
             fixed_shape=fixed_shape,
         )
+
+    def rows_of(self, shard: int, num_shards: int) -> slice:
+        """The run of rows that is part `shard` of `num_shards` equal ones."""
+        if num_shards == 1:
+            return slice(None)
+        each, rest = divmod(self.batch_size, num_shards)
+        if rest:
+            raise InputError(
+                "rows do not divide over the processes",
+                value=self.batch_size,
+                expected=f"a multiple of {num_shards}",
+                fix="change batch_size or prompts_per_step",
+            )
+        return slice(shard * each, (shard + 1) * each)
 
     def check(self, row: Row) -> None:
         """

@@ -64,12 +64,16 @@ def open_feed(
     epochs: int | None = None,
     shuffle: bool = True,
     pack: bool = False,
+    shard: int = 0,
+    num_shards: int = 1,
+    fixed_shape: bool = False,
 ) -> Feed:
-    """Read the records and start the loader; `epochs=None` never ends."""
+    """Read the records and start the loader; `epochs=None` never ends. With `fixed_shape` all batches have
+    the largest bucket's."""
     file = read_records(data.path, image_root=data.image_root, on_error=data.on_error)
     records = file.records[: data.limit]
     encoder = ExampleEncoder(records, file.image_root, chat, target, prompt.depth_input, prompt.with_depth_words)
-    collator = Collator.for_model(chat, vision, data.buckets, batch_size)
+    collator = Collator.for_model(chat, vision, data.buckets, batch_size, fixed_shape=fixed_shape)
     loader = Loader(
         encoder,
         len(records),
@@ -81,5 +85,7 @@ def open_feed(
         on_error=data.on_error,
         file=Path(data.path),
         rows=file.rows,
+        shard=shard,
+        num_shards=num_shards,
     )
     return Feed(loader, records, file)

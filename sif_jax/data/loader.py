@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -19,10 +20,12 @@ State = dict[str, int]
 class Loader(Iterator[Batch]):
     """Batches in an order fixed by `seed`; every epoch is shuffled anew, and batches run on across epochs.
 
-    `epochs=None` never ends; otherwise the last batch is filled up with rows of padding. Of `process_count` processes,
-    each takes every process_count-th example of the one stream.
+    `epochs=None` never ends; otherwise the last batch is filled up with rows of padding. Of `num_shards` loaders, each
+    yields its own run of rows of every batch, the same rows whatever their number. It encodes these alone, unless the place
+    of an example depends on those before it, packed or skipped: then it encodes all and yields its own.
 
-    `get_state()` is plain JSON; after `set_state()` on an equal loader the same batches follow. `skipped` maps the index
+    `get_state()` is plain JSON and the same on every shard, in examples of the whole stream; after `set_state()` on an equal
+    loader, or on one of another number of shards, the same batches follow. `skipped` maps the index
     of each record that `on_error="skip"` passed over to the reason, which tells its row in `file`.
     """
 
@@ -39,8 +42,8 @@ class Loader(Iterator[Batch]):
         on_error: Literal["raise", "skip"] = "raise",
         file: Path | None = None,
         rows: Sequence[int] | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        shard: int = 0,
+        num_shards: int = 1,
         num_threads: int = 4,
         prefetch: int = 32,
     ):
@@ -53,18 +56,24 @@ class Loader(Iterator[Batch]):
         indices = grain.MapDataset.range(num_records)
         if shuffle:
             indices = indices.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        share = indices.repeat(epochs)[process_index::process_count]
+        stream = indices.repeat(epochs)
+        self._rows_kept, self._drawn_elsewhere = collate.rows_of(shard, num_shards), 1
+        if num_shards > 1 and not (pack or on_error == "skip"):
+            self._collate = collate = dataclasses.replace(collate, batch_size=collate.batch_size // num_shards)
+            stream = _RunOfRows(stream, shard, num_shards, collate.batch_size)
+            self._rows_kept, self._drawn_elsewhere = slice(None), num_shards
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-        self._stream = iter(share.map(self._try_encode).to_iter_dataset(options))
+        self._stream = iter(stream.map(self._try_encode).to_iter_dataset(options))
         self._next_state: State = self._stream.get_state()
         self._pending: Example | None = None
 
     def get_state(self) -> State:
-        return dict(self._next_state)
+        return {name: count * self._drawn_elsewhere for name, count in self._next_state.items()}
 
     def set_state(self, state: State) -> None:
-        self._stream.set_state(dict(state))
-        self._next_state, self._pending = dict(state), None
+        own = {name: count // self._drawn_elsewhere for name, count in state.items()}
+        self._stream.set_state(dict(own))
+        self._next_state, self._pending = own, None
 
     def __next__(self) -> Batch:
         filler = RowFiller(self._collate, pack=self._pack)
@@ -75,7 +84,7 @@ class Loader(Iterator[Batch]):
         self._pending = example
         if not filler.rows:
             raise StopIteration
-        return self._collate(filler.rows)
+        return self._collate(filler.rows).rows(self._rows_kept)
 
     def _draw(self) -> Example | None:
         for _ in range(self._num_records):
@@ -98,3 +107,21 @@ class Loader(Iterator[Batch]):
         except InputError as error:
             return index, InputError(str(error), file=self._file, row=self._rows[index])
         return example
+
+
+class _RunOfRows(grain.MapDataset[int]):
+    """Of every `num_shards * rows` elements, run number `shard` of `rows`."""
+
+    def __init__(self, parent: grain.MapDataset[int], shard: int, num_shards: int, rows: int):
+        super().__init__(parent)
+        self._shard, self._num_shards, self._rows = shard, num_shards, rows
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self._parent), self._num_shards * self._rows)
+        return whole * self._rows + min(max(rest - self._shard * self._rows, 0), self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, self._rows)
+        return self._parent[(batch * self._num_shards + self._shard) * self._rows + row]

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from sif_jax.ops.windows import take_rows
+
 MASKED = -1e30  # finite, so that a row that may see nothing gets a mean instead of NaN
 
 
@@ -93,9 +95,8 @@ def row_attention(
 
 def take_in_lanes(x: Shaped[Array, "I *rest"], index: Int[Array, "lane o"]) -> Shaped[Array, "O *rest"]:
     """Rows of each lane's own share of x, so that lanes on several devices exchange nothing."""
-    lanes = len(index)
-    taken = jax.vmap(lambda x, index: x[index])(x.reshape(lanes, -1, *x.shape[1:]), index)
-    return taken.reshape(-1, *x.shape[1:])
+    rest = x.shape[1:]
+    return take_rows(x.reshape(len(index), -1, *rest), index).reshape(-1, *rest)
 
 
 def partial_attention(

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int, Shaped
 
 from sif_jax.ops.attention import attention, head_major, segment_mask
+from sif_jax.parallel.partition import constrain, partition
 
 Backend = Literal["xla", "splash", "cudnn"]
 
@@ -31,6 +32,8 @@ Backend = Literal["xla", "splash", "cudnn"]
 # row, not the batch, because rows are spread over devices.
 LOGITS_BYTES = 128 * 2**20
 SPLASH_BLOCK = 512
+QUERY = ("batch", None, "attention", None)
+KEY = ("batch", "attention", None, None)
 LANES = 128  # of a TPU register: blocks and heads are padded to multiples of it
 CUDNN_MULTIPLE = 8  # of the length, for the alignment of the mask, and of the head
 
@@ -44,8 +47,12 @@ def self_attention(
     causal: bool,
     backend: Backend,
 ) -> Shaped[Array, "B T N H"]:
-    """softmax(q kᵀ / √H) v over what a position sees; query head n reads key head n // (N/K)."""
-    return BACKENDS[backend](q, k, v, segments, causal)
+    """softmax(q kᵀ / √H) v over what a position sees; query head n reads key head n // (N/K).
+
+    On a mesh the devices share the heads, those of `sequence` too: each has the whole row of its heads.
+    """
+    q, k, v = constrain(q, *QUERY), constrain(k, *KEY), constrain(v, *KEY)
+    return constrain(BACKENDS[backend](q, k, v, constrain(segments, "batch", None), causal), *QUERY)
 
 
 def _xla(q: Array, k: Array, v: Array, segments: Array, causal: bool) -> Array:
@@ -89,7 +96,7 @@ def _splash(q: Array, k: Array, v: Array, segments: Array, causal: bool) -> Arra
         interpreted = partial(kernel, interpret=True)
         return jax.lax.platform_dependent(q, k, v, segments, tpu=kernel, default=interpreted)
 
-    out = _on_each_device(rows, len(q))(head_major(q) * dim**-0.5, k, v, segments)
+    out = _on_each_device(rows, k.shape)(head_major(q) * dim**-0.5, k, v, segments)
     return head_major(out)[:, :length, :, :dim]
 
 
@@ -114,13 +121,18 @@ def _splash_kernel(
     return cast(Array, jax.vmap(kernel)(q, k, v, SegmentIds(segments, segments)))
 
 
-def _on_each_device(rows: Callable[..., Array], batch: int) -> Callable[..., Array]:
-    """XLA cannot split a Pallas kernel. Under `jax.set_mesh` each device runs it on its rows, or on all if they do not divide."""
+def _on_each_device(rows: Callable[..., Array], keys: tuple[int, ...]) -> Callable[..., Array]:
+    """XLA cannot split a Pallas kernel. Under `jax.set_mesh` each device runs it on its rows and heads; `keys` is [B, K, T, H].
+
+    Rows or heads that do not divide are computed on every device; whatever divides the key heads divides the queries'.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return rows
-    spec = PartitionSpec(mesh.axis_names) if batch % mesh.size == 0 else PartitionSpec()
-    return jax.shard_map(rows, in_specs=(spec,) * 4, out_specs=spec, check_vma=False)
+    heads = partition(mesh, KEY, keys)
+    return jax.shard_map(
+        rows, in_specs=(heads, heads, heads, PartitionSpec(heads[0], None)), out_specs=heads, check_vma=False
+    )
 
 
 def _cudnn(q: Array, k: Array, v: Array, segments: Array, causal: bool) -> Array:

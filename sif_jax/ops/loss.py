@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
+from sif_jax.parallel.partition import constrain, num_shards
+
 # Float32 logits of one chunk: 441 rows of Qwen2.5-VL's vocabulary, above the 240 (TPU v5e) to 300 (H100) rows below which
 # reading the head would take longer than multiplying by it.
 LOGITS_BYTES = 256 * 2**20
@@ -23,13 +25,24 @@ def chunked_logprobs(
     """Log-probability of each target and entropy of its distribution, in nats, float32.
 
     Chunks of rows go through the head one after another and are recomputed in the backward pass; `chunk` is their length,
-    by default what the byte budget holds and at most a sixteenth of the rows.
+    by default what the byte budget holds and at most a sixteenth of the rows. On a mesh every device takes chunks of its own
+    rows, side by side, and the head is put together once, not once per chunk.
     """
-    count = hidden.shape[0]
-    chunk = min(chunk or _chunk_rows(count, head.shape[1]), count)
-    padding = -count % chunk
-    rows = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, hidden.shape[-1])
-    ids = jnp.pad(targets, (0, padding)).reshape(-1, chunk)
+    count, shards = hidden.shape[0], num_shards(jax.sharding.get_abstract_mesh(), "rows")
+    each = -(-count // shards)
+    chunk = min(chunk or _chunk_rows(each, head.shape[1]), each)
+    each += -each % chunk
+    head = constrain(head, None, "vocab")
+
+    def chunks(x: Array) -> Array:
+        x = jnp.pad(x, [(0, each * shards - count)] + [(0, 0)] * (x.ndim - 1))
+        x = constrain(x.reshape(shards, each, *x.shape[1:]), "rows")
+        x = x.reshape(shards, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+        return constrain(x.reshape(-1, shards * chunk, *x.shape[3:]), None, "rows")
+
+    def rejoined(x: Array) -> Array:
+        x = x.reshape(-1, shards, chunk).swapaxes(0, 1)
+        return x.reshape(-1)[:count]
 
     @jax.checkpoint
     def one(args: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -38,8 +51,8 @@ def chunked_logprobs(
         chosen = jnp.take_along_axis(logprobs, args[1][:, None], axis=-1)[:, 0]
         return chosen, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
 
-    chosen, entropy = jax.lax.map(one, (rows, ids))
-    return chosen.reshape(-1)[:count], entropy.reshape(-1)[:count]
+    chosen, entropy = jax.lax.map(one, (chunks(hidden), chunks(targets)))
+    return rejoined(chosen), rejoined(entropy)
 
 
 def _chunk_rows(count: int, vocab: int) -> int:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
+from sif_jax.parallel.partition import on_own_rows
+
 
 @jax.custom_vjp
 def permute(
@@ -16,8 +18,17 @@ def permute(
     `target` is the inverse (target[b, source[b, o]] = o, and -1 where x is not used), so that the gradient is a gather as
     well and not a scatter.
     """
-    rows = jnp.take_along_axis(x, _expand(jnp.maximum(source, 0), x.ndim), axis=1)
+    rows = take_rows(x, jnp.maximum(source, 0))
     return jnp.where(_expand(source >= 0, x.ndim), rows, jnp.zeros((), x.dtype))
+
+
+def take_rows(x: Shaped[Array, "B I *rest"], index: Int[Array, "B O"]) -> Shaped[Array, "B O *rest"]:
+    """y[b, o] = x[b, index[b, o]]; every device gathers from its own rows."""
+
+    def take(x: Array, index: Array) -> Array:
+        return jnp.take_along_axis(x, _expand(index, x.ndim), axis=1)
+
+    return on_own_rows(take, x, index)
 
 
 def _expand(index: Array, ndim: int) -> Array:

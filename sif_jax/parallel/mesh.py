@@ -1,58 +1,66 @@
-"""Where arrays live: batches split over the devices, everything else whole on every device (io)."""
+"""The job's devices as a mesh of the axes data, fsdp, sequence and tensor (io)."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Key
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
 
+from sif_jax.config import MeshConfig
+from sif_jax.config.mesh import AXES
 from sif_jax.errors import InputError
 
 
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A mesh in the topology's own order; of several slices, `data` is the axis that crosses from one to another.
+
+    Raises:
+      InputError: the axes do not multiply to the devices, or the slices do not divide `data`.
+    """
+    devices = jax.devices()
+    shape, types = mesh_shape(config, len(devices)), (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types)
+    inside, across = slice_shapes(shape, slices)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
+
+
 def data_mesh() -> Mesh:
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    """Every device along `data`."""
+    return make_mesh(MeshConfig())
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
+    """
+    Raises:
+      InputError: the axes do not multiply to the devices.
+    """
+    sizes = [getattr(config, axis) for axis in AXES]
+    given = math.prod(size for size in sizes if size != -1)
+    if devices % given or (-1 not in sizes and given != devices):
+        raise InputError(
+            "the mesh does not divide the devices",
+            value=", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes)),
+            expected=f"a product of {devices}, the number of devices",
+            fix="change the mesh section, or leave one axis at -1",
+        )
+    return tuple(devices // given if size == -1 else size for size in sizes)
 
 
-def shard_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Split the leading axis of every array over the devices.
+def slice_shapes(shape: tuple[int, ...], slices: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The mesh inside a slice, and the mesh of the slices.
 
     Raises:
-      InputError: the rows do not divide evenly.
+      InputError: the slices do not divide `data`.
     """
-    rows = len(batch["tokens"])
-    if rows % mesh.size:
+    if shape[0] % slices:
         raise InputError(
-            "rows do not divide over the devices",
-            value=rows,
-            expected=f"a multiple of {mesh.size}",
-            fix="change batch_size",
+            "the slices do not divide mesh.data, the one axis that crosses the network between them",
+            value=shape[0],
+            expected=f"a multiple of {slices}, the number of slices",
+            fix="lower mesh.fsdp, mesh.tensor or mesh.sequence until they fit inside a slice",
         )
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
-
-
-def shard_groups(
-    batch: dict[str, np.ndarray], keys: Key[Array, "P M"], mesh: Mesh
-) -> tuple[dict[str, jax.Array], Key[Array, "P M"]]:
-    """Split prompts over the devices, or where they are too few the samples of every prompt.
-
-    Raises:
-      InputError: neither divides evenly.
-    """
-    prompts, samples = keys.shape
-    if prompts % mesh.size == 0:
-        return shard_rows(batch, mesh), jax.device_put(keys, NamedSharding(mesh, PartitionSpec("data")))
-    if samples % mesh.size:
-        raise InputError(
-            "neither prompts nor samples divide over the devices",
-            value=f"prompts_per_step={prompts}, num_samples={samples}",
-            expected=f"a multiple of {mesh.size}",
-            fix="change prompts_per_step or num_samples",
-        )
-    return replicate(batch, mesh), jax.device_put(keys, NamedSharding(mesh, PartitionSpec(None, "data")))
+    return (shape[0] // slices, *shape[1:]), (slices, *(1,) * (len(shape) - 1))

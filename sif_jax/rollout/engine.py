@@ -21,7 +21,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.config import TextConfig
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
-from sif_jax.parallel.lanes import num_lanes
+from sif_jax.parallel.partition import num_shards
+from sif_jax.parallel.placement import split_by_prompts
 from sif_jax.rollout import programs
 from sif_jax.rollout.programs import Pool, Spread, encode_images, next_positions
 from sif_jax.rollout.sampling import Sampling
@@ -66,6 +67,7 @@ def generate(
     *,
     sampling: Sampling,
     pad_id: int,
+    by_prompts: bool | None = None,
     rows: int | None = None,
     prefill: int | None = None,
     limits: Int[np.ndarray, "P M"] | None = None,
@@ -76,14 +78,17 @@ def generate(
     """Continue each prompt of a batch (one prompt per row, padded on the right) M times.
 
     At most `rows` completions are decoded at once (all, if None), and `prefill` prompts computed in one pass. On a mesh the
-    lanes share out the prompts, or where these are too few the samples of every prompt.
+    lanes share out the prompts, or the samples of every prompt (`by_prompts`; None: samples where prompts are too few). Every
+    process returns the whole rollout.
 
     Raises:
       InputError: neither prompts nor samples divide over the lanes, or stop strings without `decode_text`.
     """
-    prompts, samples = keys.shape
-    lanes = num_lanes()
-    spread = choose_spread(prompts, samples, lanes)
+    (prompts, samples), mesh = keys.shape, jax.sharding.get_abstract_mesh()
+    lanes = num_shards(mesh, "batch")
+    if by_prompts is None:
+        by_prompts = split_by_prompts(prompts, samples, mesh)
+    spread: Spread = "prompts" if by_prompts else "samples"
     share, own = (prompts // lanes, samples) if spread == "prompts" else (prompts, samples // lanes)
     each = _largest_divisor(share, at_most=max((prefill or prompts) // (prompts // share), 1))
     slots = make_slots(sampling, lanes=lanes, prompts=share, samples=own, rows=rows and -(-rows // lanes), prefill=each)
@@ -184,23 +189,6 @@ def make_slots(
     held = -(-rows // samples) * (2 if samples > 1 else 1) + prefill
     steps = MAX_STEPS_WITH_STRINGS if sampling.stop else MAX_STEPS
     return Slots(lanes, rows, min(held, prompts), samples, steps, ring_lengths(FIRST_RING, sampling.max_new_tokens))
-
-
-def choose_spread(prompts: int, samples: int, lanes: int) -> Spread:
-    """
-    Raises:
-      InputError: neither prompts nor samples divide over the lanes.
-    """
-    if prompts % lanes == 0:
-        return "prompts"
-    if samples % lanes == 0:
-        return "samples"
-    raise InputError(
-        "neither prompts nor samples divide over the devices",
-        value=f"{prompts} prompts, {samples} samples",
-        expected=f"a multiple of {lanes}",
-        fix="change prompts_per_step or num_samples",
-    )
 
 
 def split_prompts(prompts: Prompts, each: int, *, lanes: int = 1) -> Iterator[Prompts]:

@@ -19,7 +19,8 @@ from sif_jax.models.qwen2_5_vl.config import TextConfig
 from sif_jax.models.qwen2_5_vl.decoder import Cache, Prefix, RowPlaces
 from sif_jax.models.qwen2_5_vl.model import Batch, Qwen2_5_VL
 from sif_jax.ops.attention import take_in_lanes
-from sif_jax.parallel.lanes import split_lanes
+from sif_jax.ops.windows import take_rows
+from sif_jax.parallel.partition import constrain, on_own_rows
 from sif_jax.rollout.sampling import Sampling, choose
 from sif_jax.rollout.schedule import Emitted, Rows, Spread
 
@@ -69,9 +70,9 @@ def next_positions(batch: Batch) -> Int[Array, "P"]:
 def empty_pool(config: TextConfig, slots: int, length: int, dtype: DTypeLike, *, separate: bool) -> Pool:
     """Room for `slots` prompts (of all lanes) of `length` tokens."""
     cache = empty_cache(config, slots, length, dtype, separate=separate)
-    prefix = Prefix(cache.k, cache.v, split_lanes(jnp.zeros((slots, length), bool)))
-    logits = split_lanes(jnp.zeros((slots, config.vocab_size), jnp.float32))
-    return Pool(prefix, split_lanes(jnp.zeros(slots, jnp.int32)), logits)
+    prefix = Prefix(cache.k, cache.v, constrain(jnp.zeros((slots, length), bool), "batch"))
+    logits = constrain(jnp.zeros((slots, config.vocab_size), jnp.float32), "batch", "vocab")
+    return Pool(prefix, constrain(jnp.zeros(slots, jnp.int32), "batch"), logits)
 
 
 @partial(jax.jit, static_argnames=("config", "rows", "length", "dtype", "separate"))
@@ -81,8 +82,8 @@ def empty_cache(config: TextConfig, rows: int, length: int, dtype: DTypeLike, *,
 
     def zeros() -> Any:
         if separate:
-            return tuple(split_lanes(jnp.zeros(shape, dtype)) for _ in range(layers))
-        return split_lanes(jnp.zeros((layers, *shape), dtype), axis=1)
+            return tuple(constrain(jnp.zeros(shape, dtype), "batch", "kv_heads") for _ in range(layers))
+        return constrain(jnp.zeros((layers, *shape), dtype), None, "batch", "kv_heads")
 
     return Cache(zeros(), zeros())
 
@@ -105,7 +106,7 @@ def prefill(
     model: Qwen2_5_VL = nnx.merge(graphdef, *states)
     hidden, k, v = model.decoder.prefill(model.embed_prompt(batch, features), batch["positions"], batch["segments"])
     real = batch["segments"] > 0
-    last = jnp.take_along_axis(hidden, (real.sum(-1) - 1)[:, None, None], axis=1)[:, 0]
+    last = take_rows(hidden, real.sum(-1, keepdims=True) - 1)[:, 0]
     lanes, each = slots.shape
 
     def by_lane(x: Array) -> Array:
@@ -117,9 +118,8 @@ def prefill(
         """Of any array that has the prompts' axis first; a shorter prompt is filled up."""
         room = [(0, full - size) for full, size in zip(held.shape[1:], new.shape[1:])]
         new = by_lane(jnp.pad(new, [(0, 0), *room])).astype(held.dtype)
-        split = held.reshape(lanes, -1, *held.shape[1:])
         put_in = jax.vmap(lambda held, new, slots: held.at[slots].set(new, mode="drop"))
-        return put_in(split, new, slots).reshape(held.shape)
+        return on_own_rows(put_in, held.reshape(lanes, -1, *held.shape[1:]), new, slots).reshape(held.shape)
 
     def put_stack(held: Any, new: Shaped[Array, "layer P *rest"]) -> Any:
         if isinstance(held, tuple):
@@ -200,7 +200,9 @@ def decode(
         )
 
     loop = jax.lax.while_loop(going, step, loop)
-    return loop.cache, Emitted(loop.emitted_tokens, loop.emitted_logprobs, loop.lengths, loop.step)
+    tokens, logprobs, lengths = loop.emitted_tokens, loop.emitted_logprobs, loop.lengths
+    whole = constrain(tokens, None, None), constrain(logprobs, None, None), constrain(lengths, None)
+    return loop.cache, Emitted(*whole, loop.step)  # on every process
 
 
 @partial(jax.jit, static_argnames="length")

@@ -12,23 +12,29 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from sif_jax.config import GrpoConfig
 from sif_jax.data.feed import Feed
-from sif_jax.judge import Judge, Judged
+from sif_jax.judge import Judge, Judged, JudgeStoppedError
 from sif_jax.models.qwen2_5_vl.chat import ChatProcessor
+from sif_jax.parallel.distributed import raise_together
 from sif_jax.rewards.advantages import advantages
 from sif_jax.rewards.scoring import Scores, score
 from sif_jax.rollout.engine import Rollout
 from sif_jax.rollout.text import decode_rollout
+from sif_jax.training.exchange import gather_judgements, own_run
 
 TERMS = ("format", "answer", "bbox", "depth", "total")
 
 
 @dataclasses.dataclass(frozen=True)
 class Submitted:
-    """A rollout of P prompts × M samples that the judge is at work on; flat, prompt by prompt."""
+    """A rollout of P prompts × M samples that the judge is at work on; flat, prompt by prompt.
+
+    Of several processes, each judges and scores its own run of the completions.
+    """
 
     completions: list[str]
     indices: Int[np.ndarray, " completion"]  # each completion's record
-    judged: Future[Judged]
+    own: slice
+    judged: Future[Judged]  # of the own ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +89,9 @@ def submit_rollout(
     """Decode the completions and give them to the judge, without waiting for it."""
     completions = decode_rollout(rollout, processor)
     indices = np.repeat(ids, rollout.lengths.shape[1])
-    records = [feed.records[index] for index in indices]
-    return Submitted(completions, indices, judge.submit(completions, records, feed.file.image_root))
+    own = own_run(len(completions))
+    records = [feed.records[index] for index in indices[own]]
+    return Submitted(completions, indices, own, judge.submit(completions[own], records, feed.file.image_root))
 
 
 def reward_rollout(
@@ -95,17 +102,18 @@ def reward_rollout(
     Raises:
       JudgeStoppedError: judging cannot go on.
     """
-    judged, counters = submitted.judged.result()
-    samples = config.num_samples
-    records = [feed.records[index] for index in submitted.indices]
+    own, samples = submitted.own, config.num_samples
+    judged, counters = _wait_together(submitted.judged)
+    indices = submitted.indices[own]
     scores = score(
-        submitted.completions,
-        records,
+        submitted.completions[own],
+        [feed.records[index] for index in indices],
         judge_scores=judged,
-        previous_means=np.repeat(previous_means, samples),
-        depth_maps=feed.depth_maps(submitted.indices),
+        previous_means=np.repeat(previous_means, samples)[own],
+        depth_maps=feed.depth_maps(indices),
         rewards=config.rewards,
     )
+    judged, scores, counters = gather_judgements(judged, scores, counters)
     earned = advantages(
         scores,
         config.rewards,
@@ -113,5 +121,20 @@ def reward_rollout(
         eps=config.advantage_eps,
         divide_by_std=config.objective.kind != "dr_grpo",
     )
-    datasets = [record.dataset for record in records[::samples]]
+    datasets = [feed.records[index].dataset for index in submitted.indices[::samples]]
     return Feedback(submitted.completions, datasets, judged.reshape(-1, samples), scores, earned, counters)
+
+
+def _wait_together(judged: Future[Judged]) -> Judged:
+    """The own judgements, once every process has its own.
+
+    Raises:
+      JudgeStoppedError: on every process, where judging cannot go on for one of them.
+    """
+    try:
+        result, stopped = judged.result(), None
+    except JudgeStoppedError as error:
+        result, stopped = None, error
+    raise_together(stopped, JudgeStoppedError)
+    assert result is not None
+    return result

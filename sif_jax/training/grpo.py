@@ -18,48 +18,42 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+from jaxtyping import Array, Float, Key, Shaped
 
 from sif_jax.config import GrpoConfig
 from sif_jax.data.feed import open_feed
 from sif_jax.judge import Judge, JudgeStoppedError, open_judge
 from sif_jax.models.qwen2_5_vl.model import Batch
-from sif_jax.parallel.mesh import data_mesh, replicate, shard_groups
+from sif_jax.parallel.distributed import data_shard, is_first
+from sif_jax.parallel.mesh import make_mesh
+from sif_jax.parallel.placement import WHOLE, put_groups, shard_groups, split_by_prompts
 from sif_jax.progress import Progress
 from sif_jax.rollout.engine import Rollout, encode_images, generate
 from sif_jax.rollout.sampling import Sampling, sample_keys
 from sif_jax.rollout.schedule import Usage
+from sif_jax.training.accounts import share_of_account, share_of_caps, whole_account
 from sif_jax.training.checkpoint import Checkpoints
 from sif_jax.training.drift import SamplerDrift, sampler_drift
+from sif_jax.training.exchange import together_ids
 from sif_jax.training.feedback import Feedback, reward_rollout, submit_rollout
-from sif_jax.training.metrics import MetricsLog
+from sif_jax.training.groups import Completions, Groups, join_rows, split_rows, to_learn
+from sif_jax.training.metrics import open_log, padding
 from sif_jax.training.objective import PolicyLoss, policy_loss
 from sif_jax.training.optimizer import learning_rate, make_optimizer
 from sif_jax.training.policy import completion_logprobs
 from sif_jax.training.policy_files import Policy, check_finite, export_policy, open_policy
 from sif_jax.training.reference import Reference, reference_logprobs, reference_of
-from sif_jax.training.run_dir import open_run
+from sif_jax.training.run_dir import open_run_together
 from sif_jax.training.samples import SampleLog
-from sif_jax.training.state import accumulate, from_zeros, initial_state, make_apply, num_steps
-
-
-class Completions(NamedTuple):
-    """Prompts with what was sampled for them."""
-
-    batch: Batch
-    features: Shaped[Array, "P I D"] | None  # None: the vision tower learns too
-    ids: Int[Array, "P M T"]
-    logprobs: Float[Array, "P M T"]  # the sampler's
-    token_mask: Bool[Array, "P M T"]
-
-
-class Groups(NamedTuple):
-    """Completions, ready to learn from."""
-
-    completions: Completions
-    reference_logprobs: Float[Array, "P M T"] | None  # None: no KL
-    advantages: Float[Array, "P M"]
-    valid: Bool[Array, "P M"]
+from sif_jax.training.state import (
+    StateShardings,
+    accumulate,
+    from_zeros,
+    initial_state,
+    make_apply,
+    num_steps,
+    state_shardings,
+)
 
 
 class Sums(NamedTuple):
@@ -75,13 +69,19 @@ class Sums(NamedTuple):
 
 def train(config: GrpoConfig) -> Path:
     """Run one GRPO-SIF training, or resume it; its directory then holds checkpoints, metrics and the exported model."""
-    directory, mesh = open_run(config), data_mesh()
-    with jax.set_mesh(mesh), closing(open_judge(config.judge)) as judge:
+    mesh = make_mesh(config.mesh)
+    split_by_prompts(config.micro_batch, config.num_samples, mesh)
+    directory = open_run_together(config)
+    with jax.set_mesh(mesh), closing(open_judge(share_of_caps(config.judge))) as judge:
         return _train(config, directory, mesh, judge)
 
 
 def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Path:
-    policy = open_policy(config.model, lora=config.lora, freeze_vision=config.freeze_vision, seed=config.run.seed)
+    policy = open_policy(
+        config.model, lora=config.lora, freeze_vision=config.freeze_vision, seed=config.run.seed, mesh=mesh
+    )
+    by_prompts = split_by_prompts(config.micro_batch, config.num_samples, mesh)
+    shard = data_shard(mesh) if by_prompts else WHOLE
     feed = open_feed(
         config.data,
         config.prompt,
@@ -90,14 +90,19 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
         target="none",
         batch_size=config.prompts_per_step,
         seed=config.run.seed,
+        shard=shard.index,
+        num_shards=shard.count,
+        fixed_shape=jax.process_count() > 1,
     )
     whole = num_steps(len(feed.records) * config.epochs, config.prompts_per_step)
     steps = min(config.max_steps or whole, whole)
     optimizer = make_optimizer(config.optimizer, steps * config.updates_per_rollout)
     rate = learning_rate(config.optimizer, steps * config.updates_per_rollout)
-    add_gradients = from_zeros(make_gradients(policy.graphdef, config), config.prompts_per_step // config.micro_batch)
-    apply = make_apply(optimizer)
-    state, frozen = replicate((initial_state(policy.trainable, optimizer), policy.frozen), mesh)
+    where, frozen = state_shardings(policy.trainable, optimizer, mesh), policy.frozen
+    gradients = make_gradients(policy.graphdef, config, where)
+    add_gradients = from_zeros(gradients, config.prompts_per_step // config.micro_batch)
+    apply = make_apply(optimizer, where)
+    state = initial_state(policy.trainable, optimizer, where)
     reference = reference_of(policy.graphdef, state.trainable, frozen) if config.objective.kl_beta else None
     previous_means, start = np.full(len(feed.records), np.nan, np.float32), 0
     checkpoints = Checkpoints(directory / "checkpoints", config.run.keep)
@@ -105,26 +110,26 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
         start, saved, host = checkpoints.restore(None, {"state": state, "previous_means": previous_means})
         state, previous_means = saved["state"], saved["previous_means"]
         feed.loader.set_state(host["loader"])
-        judge.set_state(host["judge"])
-    log = MetricsLog(directory, start_step=start, tensorboard=config.run.tensorboard, wandb=config.run.wandb)
+        judge.set_state(share_of_account(host["judge"]))
+    log = open_log(directory, config.run, start_step=start)
     samples = SampleLog(directory, config, feed, log)
-    progress = Progress("grpo", steps, start=start)
+    progress = Progress("grpo", steps, start=start, shown=is_first())
 
     def save(step: int, loader: dict[str, int]) -> None:
         arrays = {"state": state, "previous_means": previous_means}
-        checkpoints.save(step, arrays=arrays, host={"loader": loader, "judge": judge.state()})
+        checkpoints.save(step, arrays=arrays, host={"loader": loader, "judge": whole_account(judge)})
 
     for step in range(start, steps):
         times, loader_before = [time.monotonic()], feed.loader.get_state()
         prompts = next(feed.loader)
-        ids = np.array([index for (index,) in prompts.records])
+        ids = together_ids(prompts.records, shard)
         keys = sample_keys(config.run.seed, step, ids, config.num_samples)
-        batch, keys = shard_groups(prompts.arrays, keys, mesh)
+        batch, _ = shard_groups(prompts.arrays, keys, mesh, by_prompts=by_prompts, shard=shard)
         rollout, features, usage = sample(policy, (state.trainable, frozen), batch, keys, config)
         times.append(time.monotonic())
 
         submitted = submit_rollout(judge, rollout, feed, ids, policy.processor)
-        completions = to_learn(batch, features, rollout, config)
+        completions = to_learn(batch, features, rollout, config).on_mesh(mesh, by_prompts=by_prompts)
         reference_logps = refer(reference, completions, config)
         try:
             feedback = reward_rollout(submitted, feed, previous_means[ids], config)
@@ -135,8 +140,9 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
         previous_means[ids] = feedback.means_after(previous_means[ids])
         times.append(time.monotonic())
 
-        valid = jnp.asarray(feedback.scores.valid.reshape(rollout.lengths.shape))
-        groups = Groups(completions, reference_logps, jnp.asarray(feedback.advantages), valid)
+        valid = feedback.scores.valid.reshape(rollout.lengths.shape)
+        earned = (put_groups(x, mesh, by_prompts=by_prompts) for x in (feedback.advantages, valid))
+        groups = Groups(completions, reference_logps, *earned)
         updates = []
         for _ in range(config.updates_per_rollout):
             gathered: Any = None
@@ -152,8 +158,7 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
         metrics = _metrics(feedback, rollout, updates, config) | {
             "grad_norm": float(norm),
             "learning_rate": float(jnp.asarray(rate(step * config.updates_per_rollout))),
-            "padding/tokens": prompts.waste.tokens,
-            "padding/patches": prompts.waste.patches,
+            **padding(prompts.waste),
             "padding/row_steps": 1 - usage.share,
         }
         check_finite(metrics["loss"], step=step, file=directory)
@@ -175,7 +180,7 @@ def sample(
     policy: Policy, states: tuple[nnx.State, ...], batch: Batch, keys: Key[Array, "P M"], config: GrpoConfig
 ) -> tuple[Rollout, Shaped[Array, "P I D"], Usage]:
     """N completions of every prompt, the image features they saw, and how well the rows were used."""
-    processor = policy.processor
+    processor, mesh = policy.processor, jax.sharding.get_abstract_mesh()
     sampling = Sampling(
         max_new_tokens=config.max_new_tokens,
         stop_ids=processor.eos_ids,
@@ -195,32 +200,14 @@ def sample(
         keys,
         sampling=sampling,
         pad_id=processor.pad_id,
+        by_prompts=split_by_prompts(config.micro_batch, config.num_samples, mesh),
         rows=config.decode_rows,
         prefill=config.micro_batch,
         decode_text=processor.decode,
         usage=usage,
         separate=config.separate_layers,
     )
-    return jax.device_put(rollout, keys.sharding), features, usage
-
-
-def to_learn(batch: Batch, features: Array, rollout: Rollout, config: GrpoConfig) -> Completions:
-    """Cut the rollout to the shortest of T, T/2, T/4 that holds every completion, so that few programs are compiled."""
-    longest = int(rollout.lengths.max())
-    length = min(size for size in (config.max_new_tokens // part for part in (4, 2, 1)) if size >= longest)
-    return Completions(
-        batch,
-        features if config.freeze_vision else None,
-        rollout.ids[..., :length],
-        rollout.logprobs[..., :length],
-        jnp.arange(length)[None, None] < rollout.lengths[..., None],
-    )
-
-
-def split_rows(tree: Any, rows: int) -> list[Any]:
-    """Micro-batches of `rows` prompts."""
-    count = len(jax.tree.leaves(tree)[0]) // rows
-    return [jax.tree.map(lambda x, i=i: x[i * rows : (i + 1) * rows], tree) for i in range(count)]
+    return rollout, features, usage
 
 
 def refer(reference: Reference | None, completions: Completions, config: GrpoConfig) -> Float[Array, "P M T"] | None:
@@ -231,10 +218,12 @@ def refer(reference: Reference | None, completions: Completions, config: GrpoCon
         reference_logprobs(*reference, rows.batch, rows.features, rows.ids, temperature=config.temperature)
         for rows in split_rows(completions, config.micro_batch)
     ]
-    return jnp.concatenate(parts)
+    return join_rows(parts)
 
 
-def make_gradients(graphdef: nnx.GraphDef, config: GrpoConfig) -> Callable[..., Any]:
+def make_gradients(
+    graphdef: nnx.GraphDef, config: GrpoConfig, shardings: StateShardings | None = None
+) -> Callable[..., Any]:
     """(earlier or None, trainable, frozen, groups, key) → (summed gradients, Sums)."""
     on_policy = config.updates_per_rollout == 1
     dropout = config.lora is not None and config.lora.dropout > 0
@@ -269,7 +258,7 @@ def make_gradients(graphdef: nnx.GraphDef, config: GrpoConfig) -> Callable[..., 
         (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
         return gradients, sums
 
-    return accumulate(gradients, plus=Sums.plus)
+    return accumulate(gradients, plus=Sums.plus, shardings=shardings)
 
 
 def _metrics(feedback: Feedback, rollout: Rollout, updates: Sequence[Sums], config: GrpoConfig) -> dict[str, float]:

@@ -16,7 +16,10 @@ import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 
+from sif_jax.config import RunConfig
+from sif_jax.data.batch import Waste
 from sif_jax.errors import InputError
+from sif_jax.parallel.distributed import is_first, mean_over_processes
 
 
 class MetricsLog:
@@ -80,6 +83,34 @@ class MetricsLog:
             self._board.close()
         if self._wandb:
             self._wandb.finish()
+
+
+class NoLog:
+    """The log of a process that is not the first."""
+
+    shows_pictures = False
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def log_table(
+        self, step: int, name: str, rows: Sequence[Mapping[str, str | float | None]], pictures: Sequence[Image.Image]
+    ) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def open_log(run_dir: Path, run: RunConfig, *, start_step: int) -> MetricsLog | NoLog:
+    if not is_first():
+        return NoLog()
+    return MetricsLog(run_dir, start_step=start_step, tensorboard=run.tensorboard, wandb=run.wandb)
+
+
+def padding(waste: Waste) -> dict[str, float]:
+    """Shares of the whole batch, whichever process holds its rows."""
+    return dict(zip(("padding/tokens", "padding/patches"), mean_over_processes(waste), strict=True))
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

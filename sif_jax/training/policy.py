@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from sif_jax.models.qwen2_5_vl.model import Batch, Qwen2_5_VL
 from sif_jax.ops.loss import chunked_logprobs
+from sif_jax.ops.windows import take_rows
 from sif_jax.rollout.engine import next_positions
 
 
@@ -56,7 +57,7 @@ def completion_logprobs(
         remat=model.remat,
         key=key,
     )
-    last = jnp.take_along_axis(prompt_hidden, (real.sum(-1) - 1)[:, None, None], axis=1)
+    last = take_rows(prompt_hidden, real.sum(-1, keepdims=True) - 1)
     before = jnp.broadcast_to(last[:, None], (prompts, samples, 1, last.shape[-1]))
     hidden = jnp.concatenate([before, hidden[:, :, :-1]], axis=2)
     logprobs, entropy = chunked_logprobs(

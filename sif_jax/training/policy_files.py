@@ -6,17 +6,21 @@ import dataclasses
 from pathlib import Path
 
 from flax import nnx
+from jax.sharding import Mesh
 
 from sif_jax.atomic import new_directory
 from sif_jax.config import LoraConfig, ModelConfig
 from sif_jax.errors import InputError
-from sif_jax.models.qwen2_5_vl.adapter import write_lora
+from sif_jax.models.qwen2_5_vl.adapter import gather_adapter, write_lora
+from sif_jax.models.qwen2_5_vl.axes import place_parameters
 from sif_jax.models.qwen2_5_vl.chat import ChatProcessor
 from sif_jax.models.qwen2_5_vl.checkpoint import Checkpoint, find_checkpoint, open_model, open_processor
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from sif_jax.models.qwen2_5_vl.lora import add_lora, lora_of, merge_lora, split_trainable
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
-from sif_jax.models.qwen2_5_vl.weights import write_model
+from sif_jax.models.qwen2_5_vl.weights import gather_weights, write_model
+from sif_jax.parallel.distributed import is_first, raise_together
+from sif_jax.parallel.mesh import data_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +35,17 @@ class Policy:
     source: Checkpoint
 
 
-def open_policy(config: ModelConfig, *, lora: LoraConfig | None, freeze_vision: bool, seed: int) -> Policy:
+def open_policy(
+    config: ModelConfig, *, lora: LoraConfig | None, freeze_vision: bool, seed: int, mesh: Mesh | None = None
+) -> Policy:
     """Load the checkpoint, fold in the adapter it comes with, attach a new one, and split what is trained from what is not."""
-    model = open_model(config)
+    mesh = mesh or data_mesh()
+    model = open_model(config, mesh)
+    place_parameters(model, mesh)
     merge_lora(model)
     if lora:
         add_lora(model, **lora.model_dump(), freeze_vision=freeze_vision, rngs=nnx.Rngs(params=seed))
+        place_parameters(model, mesh)
     graphdef, trainable, frozen = split_trainable(model, lora=lora is not None, freeze_vision=freeze_vision)
     return Policy(open_processor(config), model.config, graphdef, trainable, frozen, find_checkpoint(config))
 
@@ -44,17 +53,28 @@ def open_policy(config: ModelConfig, *, lora: LoraConfig | None, freeze_vision: 
 def export_policy(policy: Policy, trainable: nnx.State, run: Path) -> None:
     """Write `run/model`, adapters merged, and `run/adapter` where there is one; earlier exports stay until then.
 
-    The weights of `policy.frozen` are used up.
+    The first process writes, tensor by tensor; the others give it their parts. The weights of `policy.frozen` are used up.
+
+    Raises:
+      InputError: on every process, where the first cannot write.
     """
     model = nnx.merge(policy.graphdef, trainable, policy.frozen, copy=True)
-    if lora_of(model).factors and not policy.source.adapter:
-        write_adapter(policy, model, run / "adapter", replace=True)
-    write_merged(policy, model, run / "model", replace=True)
+    problem = None
+    try:
+        if lora_of(model).factors and not policy.source.adapter:
+            write_adapter(policy, model, run / "adapter", replace=True)
+        write_merged(policy, model, run / "model", replace=True)
+    except InputError as error:
+        problem = error
+    raise_together(problem)
 
 
 def write_merged(policy: Policy, model: Qwen2_5_VL, directory: Path, *, replace: bool = False) -> None:
     """A Hugging Face directory with adapters folded in, which records the pixel limits of the run."""
     merge_lora(model)
+    if not is_first():
+        gather_weights(model)
+        return
     with new_directory(directory, replace=replace) as partial:
         write_model(model, partial, source=policy.source.base)
         policy.processor.image_processor.save(partial, trained=True)
@@ -74,6 +94,9 @@ def write_adapter(policy: Policy, model: Qwen2_5_VL, directory: Path, *, replace
             value=f"model.adapter={folded}",
             fix="export format=merged; or export the first adapter merged, and train on that",
         )
+    if not is_first():
+        gather_adapter(model)
+        return
     with new_directory(directory, replace=replace) as partial:
         write_lora(model, partial, base=str(base))
         policy.processor.image_processor.save(partial, trained=True)

@@ -21,11 +21,12 @@ from PIL import Image
 from sif_jax.atomic import write_text
 from sif_jax.config import GrpoConfig
 from sif_jax.data.feed import Feed
+from sif_jax.parallel.distributed import is_first
 from sif_jax.rollout.engine import Rollout
 from sif_jax.sif.grammar import BoxDepth, parse
 from sif_jax.sif.prompts import user_text
 from sif_jax.training.feedback import Feedback
-from sif_jax.training.metrics import MetricsLog
+from sif_jax.training.metrics import MetricsLog, NoLog
 from sif_jax.training.trace_picture import draw_trace
 
 SCORES = ("format", "answer", "bbox", "depth", "total", "hiou_first", "hiou_last", "hiou_gain", "depth_consistency")
@@ -39,12 +40,12 @@ Row = Mapping[str, Any]
 class SampleLog:
     """Writes the first step and every `run.samples_every`-th; a step that is repeated replaces its file."""
 
-    def __init__(self, directory: Path, config: GrpoConfig, feed: Feed, log: MetricsLog) -> None:
+    def __init__(self, directory: Path, config: GrpoConfig, feed: Feed, log: MetricsLog | NoLog) -> None:
         self._directory, self._log = directory / "samples", log
         self._every, self._prompt, self._feed = config.run.samples_every, config.prompt, feed
 
     def log(self, step: int, ids: Int[np.ndarray, " P"], rollout: Rollout, feedback: Feedback) -> None:
-        if self._every is None or (step > 0 and (step + 1) % self._every):
+        if not is_first() or self._every is None or (step > 0 and (step + 1) % self._every):
             return
         rows = [
             {"step": step, "group": group} | self._question(int(index)) | answer

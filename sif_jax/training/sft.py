@@ -19,26 +19,41 @@ from jaxtyping import Array
 from sif_jax.config import SftConfig
 from sif_jax.data.feed import open_feed
 from sif_jax.models.qwen2_5_vl.model import Batch
-from sif_jax.parallel.mesh import data_mesh, replicate, shard_rows
+from sif_jax.parallel.distributed import data_shard, is_first
+from sif_jax.parallel.mesh import make_mesh
+from sif_jax.parallel.placement import check_rows, shard_rows
 from sif_jax.progress import Progress
 from sif_jax.training.checkpoint import Checkpoints
-from sif_jax.training.metrics import MetricsLog
+from sif_jax.training.metrics import open_log, padding
 from sif_jax.training.optimizer import learning_rate, make_optimizer
 from sif_jax.training.policy import TokenSums, next_token_loss
 from sif_jax.training.policy_files import check_finite, export_policy, open_policy
-from sif_jax.training.run_dir import open_run
-from sif_jax.training.state import accumulate, from_zeros, initial_state, make_apply, num_steps
+from sif_jax.training.run_dir import open_run_together
+from sif_jax.training.state import (
+    StateShardings,
+    accumulate,
+    from_zeros,
+    initial_state,
+    make_apply,
+    num_steps,
+    state_shardings,
+)
 
 
 def train(config: SftConfig) -> Path:
     """Run one fine-tuning, or resume it; its directory then holds checkpoints, metrics and the exported model."""
-    directory, mesh = open_run(config), data_mesh()
+    mesh = make_mesh(config.mesh)
+    check_rows(config.batch_size, mesh)
+    directory = open_run_together(config)
     with jax.set_mesh(mesh):
         return _train(config, directory, mesh)
 
 
 def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
-    policy = open_policy(config.model, lora=config.lora, freeze_vision=config.freeze_vision, seed=config.run.seed)
+    policy = open_policy(
+        config.model, lora=config.lora, freeze_vision=config.freeze_vision, seed=config.run.seed, mesh=mesh
+    )
+    shard = data_shard(mesh)
     feed = open_feed(
         config.data,
         config.prompt,
@@ -48,21 +63,25 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
         batch_size=config.batch_size,
         seed=config.run.seed,
         pack=config.packing,
+        shard=shard.index,
+        num_shards=shard.count,
+        fixed_shape=jax.process_count() > 1,
     )
     whole = num_steps(len(feed.records) * config.epochs, config.batch_size * config.accumulation)
     steps = config.max_steps if config.max_steps and config.packing else min(config.max_steps or whole, whole)
     optimizer = make_optimizer(config.optimizer, steps)
     dropout = config.lora is not None and config.lora.dropout > 0
-    add_gradients = from_zeros(make_gradients(policy.graphdef, dropout=dropout), config.accumulation)
-    apply = make_apply(optimizer)
-    state, frozen = replicate((initial_state(policy.trainable, optimizer), policy.frozen), mesh)
+    where, frozen = state_shardings(policy.trainable, optimizer, mesh), policy.frozen
+    gradients = make_gradients(policy.graphdef, dropout=dropout, shardings=where)
+    add_gradients, apply = from_zeros(gradients, config.accumulation), make_apply(optimizer, where)
+    state = initial_state(policy.trainable, optimizer, where)
     checkpoints, start = Checkpoints(directory / "checkpoints", config.run.keep), 0
     if checkpoints.latest() is not None:
         start, saved, host = checkpoints.restore(None, {"state": state})
         state = saved["state"]
         feed.loader.set_state(host["loader"])
-    log = MetricsLog(directory, start_step=start, tensorboard=config.run.tensorboard, wandb=config.run.wandb)
-    progress, rate = Progress("sft", steps, start=start), learning_rate(config.optimizer, steps)
+    log = open_log(directory, config.run, start_step=start)
+    progress, rate = Progress("sft", steps, start=start, shown=is_first()), learning_rate(config.optimizer, steps)
     key = jax.random.key(config.run.seed)
 
     for step in range(start, steps):
@@ -71,7 +90,7 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
         for micro in range(config.accumulation):
             loaded = next(feed.loader)
             batch, micro_key = (
-                shard_rows(loaded.arrays, mesh),
+                shard_rows(loaded.arrays, mesh, shard),
                 jax.random.fold_in(key, step * config.accumulation + micro),
             )
             gathered = add_gradients(gathered, state.trainable, frozen, batch, micro_key)
@@ -80,8 +99,7 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
         if (step + 1) % config.run.log_every == 0:
             metrics = _metrics(jax.block_until_ready(sums), norm, time.monotonic() - began) | {
                 "learning_rate": float(jnp.asarray(rate(step))),
-                "padding/tokens": loaded.waste.tokens,
-                "padding/patches": loaded.waste.patches,
+                **padding(loaded.waste),
             }
             check_finite(metrics["loss"], step=step, file=directory)
             log.log(step, metrics)
@@ -96,7 +114,9 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
     return directory
 
 
-def make_gradients(graphdef: nnx.GraphDef, *, dropout: bool) -> Callable[..., Any]:
+def make_gradients(
+    graphdef: nnx.GraphDef, *, dropout: bool, shardings: StateShardings | None = None
+) -> Callable[..., Any]:
     """(earlier or None, trainable, frozen, batch, key) → (summed gradients, TokenSums)."""
 
     def gradients(trainable: nnx.State, frozen: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, TokenSums]:
@@ -107,7 +127,7 @@ def make_gradients(graphdef: nnx.GraphDef, *, dropout: bool) -> Callable[..., An
         (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
         return gradients, sums
 
-    return accumulate(gradients)
+    return accumulate(gradients, shardings=shardings)
 
 
 def _metrics(sums: TokenSums, norm: Array, seconds: float) -> dict[str, float]:

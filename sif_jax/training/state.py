@@ -1,4 +1,4 @@
-"""What a run carries from step to step, and the optimizer step that both SFT and GRPO end with (pure)."""
+"""What a run carries from step to step, and the optimizer step that SFT and GRPO end with (pure, but for where it lies)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
+
+from sif_jax.parallel.placement import put
+
+
+class StateShardings(NamedTuple):
+    """Where a TrainState lies; sums and counts lie where the step does, whole on every device."""
+
+    step: NamedSharding
+    trainable: Any
+    moments: Any
+
+    def of_state(self) -> Any:
+        return TrainState._make(self)
 
 
 class TrainState(NamedTuple):
@@ -18,12 +32,31 @@ class TrainState(NamedTuple):
     moments: optax.OptState
 
 
-def initial_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    return TrainState(jnp.int32(0), trainable, jax.jit(optimizer.init)(trainable))
+def initial_state(
+    trainable: Any, optimizer: optax.GradientTransformation, shardings: StateShardings | None = None
+) -> TrainState:
+    """Step 0; the moments are born where `shardings` says."""
+    step = jnp.int32(0) if shardings is None else put(np.zeros((), np.int32), shardings.step)
+    moments = jax.jit(optimizer.init, out_shardings=shardings and shardings.moments)(trainable)
+    return TrainState(step, trainable, moments)
+
+
+def state_shardings(trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> StateShardings:
+    """Each moment lies where its parameter does; what belongs to none is whole on every device."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    parameters = jax.tree.map(lambda leaf: leaf.sharding, trainable)
+    moments = optax.tree.map_params(
+        optimizer,
+        lambda _, where: where,
+        jax.eval_shape(optimizer.init, trainable),
+        parameters,
+        transform_non_params=lambda _: whole,
+    )
+    return StateShardings(whole, parameters, moments)
 
 
 def make_apply(
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation, shardings: StateShardings | None = None
 ) -> Callable[[TrainState, Any, Float[Array, ""]], tuple[TrainState, Float[Array, ""]]]:
     """A jitted function: (state, summed gradients, what to divide them by) → (next state, gradient norm)."""
 
@@ -33,7 +66,7 @@ def make_apply(
         trainable = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, moments), optax.tree.norm(gradients)
 
-    return jax.jit(apply, donate_argnums=0)
+    return jax.jit(apply, donate_argnums=0, out_shardings=shardings and (shardings.of_state(), shardings.step))
 
 
 def add_trees(one: Any, other: Any) -> Any:
@@ -41,11 +74,13 @@ def add_trees(one: Any, other: Any) -> Any:
 
 
 def accumulate(
-    function: Callable[..., tuple[Any, Any]], plus: Callable[[Any, Any], Any] = add_trees
+    function: Callable[..., tuple[Any, Any]],
+    plus: Callable[[Any, Any], Any] = add_trees,
+    shardings: StateShardings | None = None,
 ) -> Callable[..., tuple[Any, Any]]:
     """Of a function that returns (gradients, sums): one jitted function that adds them to earlier ones (None at first).
 
-    `plus` adds the sums; zeros must be neutral to it.
+    `plus` adds the sums; zeros must be neutral to it. Gradients lie where `shardings` puts the parameters.
     """
 
     def added(earlier: Any, *args: Any) -> tuple[Any, Any]:
@@ -54,7 +89,7 @@ def accumulate(
             return gradients, sums
         return add_trees(earlier[0], gradients), plus(earlier[1], sums)
 
-    return jax.jit(added, donate_argnums=0)
+    return jax.jit(added, donate_argnums=0, out_shardings=shardings and (shardings.trainable, shardings.step))
 
 
 def from_zeros(add: Callable[..., tuple[Any, Any]], parts: int) -> Callable[..., tuple[Any, Any]]:

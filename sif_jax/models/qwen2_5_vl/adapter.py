@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from sif_jax.models.qwen2_5_vl.lora import (
 )
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from sif_jax.models.qwen2_5_vl.names import hub_name, transformers_name
+from sif_jax.parallel.placement import gather
 
 Tensors = Mapping[tuple[str, str], np.ndarray]  # by module in transformers, and "A" or "B"
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -73,12 +75,18 @@ def save_adapter(model: Qwen2_5_VL, directory: str | Path, *, base: str) -> None
 
 def write_lora(model: Qwen2_5_VL, directory: Path, *, base: str) -> None:
     """The files of `save_adapter`, into a directory that is there."""
-    adapter = lora_of(model)
+    adapter = gather_adapter(model)
     if not adapter.factors:
         raise InputError("the model has no adapter to save", fix="train with lora, or export format=merged")
     modules = {name: names for name, names in module_names(model).items() if name in adapter.factors}
     (directory / CONFIG).write_text(json.dumps(_config_json(adapter, modules, base), indent=2) + "\n")
     (directory / WEIGHTS).write_bytes(save(_tensors(adapter, modules), metadata={"format": "pt"}))
+
+
+def gather_adapter(model: Qwen2_5_VL) -> Adapter:
+    """The adapter with its factors on the host; every process of a job calls it, whichever writes."""
+    adapter = lora_of(model)
+    return dataclasses.replace(adapter, factors=gather(dict(adapter.factors)))
 
 
 def _config_json(adapter: Adapter, modules: Mapping[str, tuple[str, ...]], base: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from sif_jax.ops.attention import head_major, prefix_attention, row_attention
 from sif_jax.ops.attention_backends import Backend, self_attention
 from sif_jax.ops.rotary import Rope, mrope, rotate
 from sif_jax.ops.scan import Remat, scan_layers
+from sif_jax.parallel.partition import constrain
 
 Stack = Shaped[Array, "layer *rest"] | tuple[Shaped[Array, "*rest"], ...]
 
@@ -84,8 +85,14 @@ class DecoderLayer(nnx.Module):
     def finish(
         self, hidden: Shaped[Array, "*batch D"], context: Shaped[Array, "*batch N H"], key: Key = None
     ) -> Shaped[Array, "*batch D"]:
-        hidden = hidden + self.o_proj(context.reshape(*hidden.shape[:-1], -1), key)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden), key)
+        hidden = along_rows(hidden + self.o_proj(context.reshape(*hidden.shape[:-1], -1), key))
+        return along_rows(hidden + self.mlp(self.post_attention_layernorm(hidden), key))
+
+
+def along_rows(hidden: Shaped[Array, "*batch D"]) -> Shaped[Array, "*batch D"]:
+    """Split by rows, and a [B, T, D] by tokens too, with the width whole: then weights are gathered and not activations."""
+    inner = ("tokens",) if hidden.ndim == 3 else ("...",) * (hidden.ndim - 2)
+    return constrain(hidden, "batch", *inner, None)
 
 
 class Decoder(nnx.Module):

@@ -10,6 +10,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
+from sif_jax.parallel.partition import constrain
+
 Key = Array | None
 
 
@@ -38,9 +40,10 @@ class Linear(nnx.Module):
             return y
         if key is not None and self.lora_dropout > 0:
             x = _dropout(x, jax.random.fold_in(key, self.salt), self.lora_dropout)
-        low = jnp.matmul(x, self.lora_a[...].astype(x.dtype))
-        scale = self.lora_alpha / low.shape[-1]
-        return y + scale * jnp.matmul(low, self.lora_b[...].astype(x.dtype))
+        # Split where they are kept and whole where they are used: they are small, and no activation takes on their split.
+        a, b = (constrain(factor[...].astype(x.dtype), None, None) for factor in (self.lora_a, self.lora_b))
+        low = jnp.matmul(x, a)
+        return y + self.lora_alpha / low.shape[-1] * jnp.matmul(low, b)
 
 
 def _aligned(vector: Shaped[Array, "D"], x: Shaped[Array, "*batch D"]) -> Shaped[Array, "*ones D"]:

@@ -14,11 +14,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
-from sif_jax.models.qwen2_5_vl.decoder import Decoder
+from sif_jax.models.qwen2_5_vl.decoder import Decoder, along_rows
 from sif_jax.models.qwen2_5_vl.layers import Key
 from sif_jax.models.qwen2_5_vl.vision import VisionTower
 from sif_jax.ops.attention_backends import Backend
 from sif_jax.ops.scan import Remat
+from sif_jax.ops.windows import take_rows
+from sif_jax.parallel.partition import constrain
 
 Batch = Mapping[str, Array]
 
@@ -66,7 +68,8 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801  the model's published name
         )
 
     def embed(self, tokens: Int[Array, "*batch"]) -> Shaped[Array, "*batch D"]:
-        return self.embed_tokens[...].astype(self.compute_dtype)[tokens]
+        table = constrain(self.embed_tokens[...].astype(self.compute_dtype), "vocab", None)
+        return along_rows(table[tokens])
 
     def embed_prompt(
         self, batch: Batch, features: Shaped[Array, "B M D"] | None = None, key: Key = None
@@ -76,8 +79,8 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801  the model's published name
         if batch["patches"].shape[1] == 0:
             return hidden
         features = self.image_features(batch, key) if features is None else features
-        shown = jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
-        return jnp.where((index >= 0)[..., None], shown.astype(hidden.dtype), hidden)
+        shown = take_rows(features, jnp.maximum(index, 0))
+        return along_rows(jnp.where((index >= 0)[..., None], shown.astype(hidden.dtype), hidden))
 
     def hidden(self, batch: Batch, key: Key = None) -> Shaped[Array, "B L D"]:
         """Final hidden states, normed; multiply by `head()` for logits."""

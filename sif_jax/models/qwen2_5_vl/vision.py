@@ -20,6 +20,9 @@ from sif_jax.ops.attention_backends import Backend, self_attention
 from sif_jax.ops.rotary import Rope, axial_rope, rotate
 from sif_jax.ops.scan import Remat, scan_layers
 from sif_jax.ops.windows import permute
+from sif_jax.parallel.partition import constrain
+
+PATCHES = ("batch", "patches", None)
 
 
 class VisionBlock(nnx.Module):
@@ -53,8 +56,8 @@ class VisionBlock(nnx.Module):
             lambda qkv: window_attention(qkv, windows, window_segments, slots),
             qkv,
         )
-        hidden = hidden + self.proj(context.reshape(hidden.shape), key)
-        return hidden + self.mlp(self.norm2(hidden), key)
+        hidden = constrain(hidden + self.proj(context.reshape(hidden.shape), key), *PATCHES)
+        return constrain(hidden + self.mlp(self.norm2(hidden), key), *PATCHES)
 
 
 def full_attention(
@@ -90,7 +93,7 @@ class PatchMerger(nnx.Module):
         self.width = width
 
     def __call__(self, hidden: Shaped[Array, "B V C"], key: Key = None) -> Shaped[Array, "B M D"]:
-        merged = self.norm(hidden).reshape(hidden.shape[0], -1, self.width)
+        merged = constrain(self.norm(hidden).reshape(hidden.shape[0], -1, self.width), *PATCHES)
         return self.fc2(jax.nn.gelu(self.fc1(merged, key), approximate=False), key)
 
 

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from sif_jax.atomic import new_directory
 from sif_jax.errors import InputError
+from sif_jax.models.qwen2_5_vl.axes import check_heads, parameter_sharding
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig, write_dtype
 from sif_jax.models.qwen2_5_vl.layers import LoRAParam
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
@@ -32,7 +33,7 @@ from sif_jax.models.qwen2_5_vl.names import Tensor, checkpoint_tensors, hub_name
 from sif_jax.models.qwen2_5_vl.tensor_file import INDEX, TensorFile, TensorSpec, weight_files, write_tensors
 from sif_jax.ops.attention_backends import Backend
 from sif_jax.ops.scan import Remat
-from sif_jax.parallel.partition import parameter_sharding
+from sif_jax.parallel.placement import gather
 
 SHARD_BYTES = 5 * 10**9
 # A parameter up to this size, all its layers together, is laid out on the host: norms and biases need no program each.
@@ -75,9 +76,12 @@ def load_model(
     """
     directory = Path(directory)
     config = Qwen2_5_VLConfig.from_directory(directory)
+    if mesh is not None:
+        check_heads(config, mesh, directory)
     graphdef, state = nnx.split(abstract_model(config, param_dtype=jnp.dtype(dtype), remat=remat, attention=attention))
     tensors, flat = checkpoint_tensors(config, state), nnx.to_flat_state(state)
-    parameters = {path: _Parameter(tensors[path], leaf.shape, leaf.dtype, mesh) for path, leaf in flat}
+    shardings = {path: mesh and parameter_sharding(mesh, path, leaf.shape) for path, leaf in flat}
+    parameters = {path: _Parameter(tensors[path], leaf.shape, leaf.dtype, shardings[path]) for path, leaf in flat}
     slots = {name: (path, layer) for path in tensors for layer, name in enumerate(tensors[path].names)}
     sources = _find_sources(directory)
     _check_names(directory, set(slots), set(sources), config)
@@ -155,9 +159,8 @@ def _check_shapes(tensors: Iterable[Tensor], sources: Mapping[str, _Source]) -> 
 class _Parameter:
     """A parameter that is filled tensor by tensor: on the devices, or, where it is small, on the host."""
 
-    def __init__(self, tensor: Tensor, shape: tuple[int, ...], dtype: DTypeLike, mesh: Mesh | None):
-        self.tensor, self.spec = tensor, TensorSpec(np.dtype(dtype), shape)
-        self.sharding = mesh and parameter_sharding(mesh, shape, stacked=tensor.stacked)
+    def __init__(self, tensor: Tensor, shape: tuple[int, ...], dtype: DTypeLike, sharding: NamedSharding | None):
+        self.tensor, self.spec, self.sharding = tensor, TensorSpec(np.dtype(dtype), shape), sharding
         self.array: np.ndarray | jax.Array | None = None
 
     def add(self, source: _Source, layer: int) -> bool:
@@ -240,9 +243,9 @@ class _Export(NamedTuple):
 
     def gather(self) -> np.ndarray:
         if self.array.nbytes <= SMALL_BYTES:
-            return self.tensor.to_theirs(np.asarray(self.array)[self.layer if self.tensor.stacked else ...])
+            return self.tensor.to_theirs(gather(self.array)[self.layer if self.tensor.stacked else ...])
         value = _take(self.array, self.layer, stacked=self.tensor.stacked, transposed=self.tensor.transposed)
-        return np.asarray(value).reshape(self.tensor.shape)
+        return gather(value).reshape(self.tensor.shape)
 
 
 def _exports(model: Qwen2_5_VL) -> Iterator[_Export]:
@@ -284,6 +287,12 @@ def save_weights(model: Qwen2_5_VL, directory: Path, *, shard_bytes: int = SHARD
     }
     index = {"metadata": totals, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def gather_weights(model: Qwen2_5_VL) -> None:
+    """The part of the other processes in `save_weights` by one: they give their parts of each tensor, in its order."""
+    for export in _exports(model):
+        export.gather()
 
 
 def _write_shard(path: Path, shard: list[_Export]) -> None:

@@ -1,0 +1,88 @@
+"""Prompts with what was sampled for them, as the learner takes them: cut, laid on the mesh, in micro-batches (io)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from sif_jax.config import GrpoConfig
+from sif_jax.models.qwen2_5_vl.model import Batch
+from sif_jax.parallel.partition import constrain, num_shards
+from sif_jax.parallel.placement import put_groups
+from sif_jax.rollout.engine import Rollout
+
+
+class Completions(NamedTuple):
+    """Prompts with what was sampled for them."""
+
+    batch: Batch
+    features: Shaped[Array, "P I D"] | None  # None: the vision tower learns too
+    ids: Int[Array, "P M T"]
+    logprobs: Float[Array, "P M T"]  # the sampler's
+    token_mask: Bool[Array, "P M T"]
+
+    def on_mesh(self, mesh: Mesh, *, by_prompts: bool) -> Completions:
+        sampled = (put_groups(x, mesh, by_prompts=by_prompts) for x in (self.ids, self.logprobs, self.token_mask))
+        return Completions(self.batch, self.features, *sampled)
+
+
+class Groups(NamedTuple):
+    """Completions, ready to learn from."""
+
+    completions: Completions
+    reference_logprobs: Float[Array, "P M T"] | None  # None: no KL
+    advantages: Float[Array, "P M"]
+    valid: Bool[Array, "P M"]
+
+
+def to_learn(batch: Batch, features: Array, rollout: Rollout, config: GrpoConfig) -> Completions:
+    """Cut the rollout to the shortest of T, T/2, T/4 that holds every completion, so that few programs are compiled."""
+    longest = int(rollout.lengths.max())
+    length = min(size for size in (config.max_new_tokens // part for part in (4, 2, 1)) if size >= longest)
+    return Completions(
+        batch,
+        features if config.freeze_vision else None,
+        rollout.ids[..., :length],
+        rollout.logprobs[..., :length],
+        jnp.arange(length)[None, None] < rollout.lengths[..., None],
+    )
+
+
+def split_rows(tree: Any, rows: int) -> list[Any]:
+    """Micro-batches of `rows` prompts; on a mesh each takes its share of every device's prompts, so that none moves."""
+    count = len(jax.tree.leaves(tree)[0]) // rows
+    return [tree] if count == 1 else [_lying_as(tree, _part(tree, number, count)) for number in range(count)]
+
+
+def _lying_as(whole: Any, part: Any) -> Any:
+    """Samples that are split over the devices stay so."""
+    return jax.tree.map(lambda x, y: jax.device_put(y, x.sharding) if isinstance(x, jax.Array) else y, whole, part)
+
+
+@partial(jax.jit, static_argnames="count")
+def _part(tree: Any, number: Int[Array, ""] | int, count: int) -> Any:
+    def take(x: Array) -> Array:
+        rows = len(x) // count
+        shares = x.reshape(_shares(rows), count, -1, *x.shape[1:])
+        part = jax.lax.dynamic_index_in_dim(shares, number, axis=1, keepdims=False)
+        return constrain(part.reshape(rows, *x.shape[1:]), "batch")
+
+    return jax.tree.map(take, tree)
+
+
+def join_rows(parts: Sequence[Shaped[Array, "_ *rest"]]) -> Shaped[Array, "P *rest"]:
+    """The inverse of `split_rows`."""
+    rows, *rest = parts[0].shape
+    shares = jnp.stack([part.reshape(_shares(rows), -1, *rest) for part in parts], axis=1)
+    return shares.reshape(-1, *rest)
+
+
+def _shares(rows: int) -> int:
+    shards = num_shards(jax.sharding.get_abstract_mesh(), "batch")
+    return shards if rows % shards == 0 else 1

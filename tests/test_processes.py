@@ -1,0 +1,121 @@
+"""Several processes are one job: the same order, judgements, metrics and weights as one process; refusals reach every host."""
+
+import itertools
+import json
+import re
+
+import numpy as np
+import pytest
+
+from sif_jax.errors import InputError
+from sif_jax.parallel.distributed import read_environment
+from sif_jax.training.accounts import share_of_account
+from sif_jax.training.exchange import own_run
+from tests.processes import finish, start
+from tests.tiny_run import measured, tiny_files, weights
+
+# SGD-like: with a large eps Adam's update is proportional to the gradient, so that errors are not blown up.
+SGD = ["optimizer.eps=1.0", "optimizer.learning_rate=1.0"]
+JOB = {"SIF_JAX_COORDINATOR": "host:1", "SIF_JAX_NUM_PROCESSES": "2", "SIF_JAX_PROCESS_ID": "1"}
+
+
+def inputs(stage: str) -> list[str]:
+    return [f"model.path={tiny_files() / 'model'}", f"data.path={tiny_files() / 'scenes' / stage}.json"]
+
+
+def rows(output: str) -> list[list[int]]:
+    """The records of each batch that a process loaded."""
+    found = re.findall(r"^rows (\(.*\)) patches", output, re.MULTILINE)
+    return [[int(number) for number in re.findall(r"\d+", records)] for records in found]
+
+
+def assert_same_run(one, many):
+    for ours, theirs in zip(measured(many), measured(one), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    expected = weights(one)
+    for name, value in weights(many).items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("stage", "count", "options"),
+    [
+        pytest.param("sft", 2, ["max_steps=2", "lora={rank: 2}"], id="sft, 2"),
+        pytest.param("sft", 4, ["max_steps=3", "accumulation=2"], id="sft, 4", marks=pytest.mark.slow),
+        pytest.param("grpo", 2, ["max_steps=3", "data.limit=4"], id="grpo, 2", marks=pytest.mark.slow),
+        pytest.param("grpo", 4, ["max_steps=3", "data.limit=4"], id="grpo, 4", marks=pytest.mark.slow),
+    ],
+)
+def test_processes_train_what_one_does(tmp_path, stage, count, options):
+    settings = [*inputs(stage), *SGD, *options]
+    outputs = finish(start(stage, tmp_path / "many", count, *settings))
+    (alone,) = finish(start(stage, tmp_path / "one", 1, *settings, devices=count))
+    assert_same_run(tmp_path / "one/run", tmp_path / "many/run")
+    steps = 3 * 2 if "accumulation=2" in options else int(options[0].partition("=")[2])
+    shares = [rows(output)[:steps] for output in outputs]
+    assert [list(itertools.chain(*parts)) for parts in zip(*shares, strict=True)] == rows(alone)[:steps]
+    assert all(output.count("attention:") == (index == 0) for index, output in enumerate(outputs))
+    if stage == "grpo":
+        assert all(re.findall(r"judged (\d+)", output) == [str(12 // count)] * 3 for output in outputs)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [(["run.seed={process}"], "started with different run.seed; got '1 in process 1'; expected 0, as in process 0")],
+)
+def test_processes_with_different_configs_all_say_so(tmp_path, overrides, told):
+    processes = start("sft", tmp_path, 2, *inputs("sft"), "max_steps=1", *overrides)
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert all(process.returncode != 0 for process in processes)
+    assert all(told in output for output in outputs)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_coordinator_that_never_answers_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIF_JAX_INIT_TIMEOUT_S", "3")
+    first, second = start("sft", tmp_path, 2, *inputs("sft"))
+    first.kill()
+    first.communicate()
+    output = second.communicate(timeout=60)[0]
+    assert second.returncode == 2
+    assert re.search(
+        r"^error: not every process met at 127.0.0.1:\d+ within 3 s; fix: check SIF_JAX_COORDINATOR", output
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"SIF_JAX_PROCESS_ID": ""}, "SIF_JAX_PROCESS_ID is not set"),
+        ({"SIF_JAX_PROCESS_ID": "2"}, "wrong value of SIF_JAX_PROCESS_ID; got 2; expected 0 to 1"),
+        ({"SIF_JAX_NUM_PROCESSES": "two"}, "wrong value of SIF_JAX_NUM_PROCESSES"),
+        ({"SIF_JAX_COORDINATOR": "host"}, "expected host:port"),
+        ({"SIF_JAX_DISTRIBUTED": "yes"}, "wrong value of SIF_JAX_DISTRIBUTED; got 'yes'; expected auto, or unset"),
+    ],
+)
+def test_half_an_environment_is_refused(changes, told):
+    with pytest.raises(InputError, match=told):
+        read_environment(JOB | changes)
+
+
+def test_the_environment_says_what_to_join():
+    assert read_environment({}) is None
+    assert read_environment({"SIF_JAX_DISTRIBUTED": "auto"}) == {}
+    assert read_environment(JOB) == {"coordinator_address": "host:1", "num_processes": 2, "process_id": 1}
+
+
+def test_one_process_judges_every_completion():
+    assert own_run(12) == slice(0, 12)
+
+
+def test_the_shares_of_an_account_add_up(monkeypatch):
+    account = {"calls": 7, "cost": 1.5, "failures": {"timeout": 2}}
+    assert share_of_account(json.loads(json.dumps(account))) == account
+    monkeypatch.setattr("jax.process_count", lambda: 3)
+    shares = []
+    for index in range(3):
+        monkeypatch.setattr("jax.process_index", lambda index=index: index)
+        shares.append(share_of_account(account))
+    assert [share["calls"] for share in shares] == [3, 2, 2]
+    assert sum(share["failures"]["timeout"] for share in shares) == 2
+    assert sum(share["cost"] for share in shares) == pytest.approx(1.5)
