@@ -89,7 +89,7 @@ class DecodeBenchConfig(Config):
     )
     min_new_tokens: PositiveInt = Field(default=16, description="the shortest completion")
     max_new_tokens: PositiveInt = Field(default=256, description="the longest; lengths are spread evenly between")
-    decode_rows: PositiveInt | None = Field(default=32, description="completions decoded at once; null: all")
+    decode_rows: PositiveInt | None = Field(default=48, description="completions decoded at once; null: all")
     prefill: PositiveInt | None = Field(default=None, description="prompts computed in one pass; null: all")
     temperature: NonNegativeFloat = Field(default=0.0, description="sampling temperature; 0: greedy, and compared")
     repeats: PositiveInt = Field(default=1, description="timed turns of each engine")

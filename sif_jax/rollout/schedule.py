@@ -1,7 +1,7 @@
 """Which sample is decoded in which row, and when (host).
 
 Samples wait in the order in which they come. A row that has ended takes the next one; when nothing waits any more, live rows
-close up and the number of rows halves. Everything follows from the tokens alone, so every process of a job, and a repeated
+close up, and there are fewer rows. Everything follows from the tokens alone, so every process of a job, and a repeated
 run, takes the same decisions.
 """
 
@@ -267,11 +267,12 @@ def empty_rows(slots: Slots, width: int) -> Rows:
 
 
 def row_sizes(rows: int) -> list[int]:
-    """How many rows a rollout may have, from all of them downwards, each half of the one before."""
+    """How many rows a rollout may have, from all of them downwards: halves, and three quarters between them."""
     sizes = [rows]
     while sizes[-1] > MIN_ROWS:
-        sizes.append(max(-(-sizes[-1] // 2), MIN_ROWS))
-    return sizes
+        whole = sizes[-1]
+        sizes += [max(-(-whole * part // 4), MIN_ROWS) for part in (3, 2)]
+    return sorted(set(sizes), reverse=True)
 
 
 def ring_lengths(first: int, longest: int) -> tuple[int, ...]:
