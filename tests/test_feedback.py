@@ -26,7 +26,7 @@ def feedback_of(opened, judged: np.ndarray, *overrides: str) -> Feedback:
     indices = np.repeat(ids, judged.shape[1])
     answer: Future[Judged] = Future()
     answer.set_result(Judged(judged.reshape(-1), {"judge/calls": 3.0}))
-    submitted = Submitted(["<answer>it</answer>"] * judged.size, indices, answer)
+    submitted = Submitted(["<answer>it</answer>"] * judged.size, indices, slice(None), answer)
     return grpo.reward_rollout(submitted, feed, np.full(len(ids), np.nan, np.float32), settings)
 
 
