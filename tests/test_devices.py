@@ -14,7 +14,8 @@ from flax import nnx
 jax.config.update("jax_default_matmul_precision", "highest")
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
-from sif_jax.parallel.mesh import data_mesh
+from sif_jax.config import MeshConfig
+from sif_jax.parallel.mesh import make_mesh
 from sif_jax.parallel.placement import replicate, shard_groups
 from sif_jax.rollout.engine import encode_images, generate
 from sif_jax.rollout.sampling import Sampling, sample_keys
@@ -53,7 +54,7 @@ def run(batch, keys, states, rows=None):
 
 keys = sample_keys(0, 0, np.arange(prompts), samples)
 one = run(jax.tree.map(jnp.asarray, batch), keys, (state,))
-mesh = data_mesh()
+mesh = make_mesh(MeshConfig(**{axis: int(size) for axis, size in (word.split("=") for word in sys.argv[2:])}))
 assert mesh.size == 8
 with jax.set_mesh(mesh):
     eight = run(*shard_groups(batch, keys, mesh), (replicate(state, mesh),), rows=prompts * samples // 2)
@@ -65,8 +66,12 @@ for a, b in zip(jax.tree.leaves(one[1:]), jax.tree.leaves(eight[1:]), strict=Tru
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prompts", [8, 2], ids=["prompts are split", "samples are split"])
-def test_eight_devices_sample_and_differentiate_as_one_does(prompts):
+@pytest.mark.parametrize(
+    ("prompts", "mesh"),
+    [(8, []), (2, []), (8, ["fsdp=4"]), (4, ["fsdp=2", "tensor=2"])],
+    ids=["prompts are split", "samples are split", "data and fsdp", "data, fsdp and tensor"],
+)
+def test_eight_devices_sample_and_differentiate_as_one_does(prompts, mesh):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     root = Path(__file__).parents[1]
-    subprocess.run([sys.executable, "-c", SCRIPT, str(prompts)], env=environment, check=True, cwd=root)
+    subprocess.run([sys.executable, "-c", SCRIPT, str(prompts), *mesh], env=environment, check=True, cwd=root)
