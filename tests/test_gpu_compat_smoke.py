@@ -177,9 +177,8 @@ def test_the_command_measures_two_simulated_cpu_devices():
     assert 0 < found["gradient_error"] < GRADIENT_TOLERANCE
 
 
-@pytest.mark.skipif(versions._driver()[0] is not None, reason="this machine has an NVIDIA driver")
-def test_a_machine_without_a_gpu_is_not_ready_and_says_so():
-    done = smoke(JAX_PLATFORMS="")
+def test_a_machine_without_a_gpu_is_not_ready_and_says_so(tmp_path):
+    done = smoke(JAX_PLATFORMS="", PATH=str(tmp_path), CUDA_VISIBLE_DEVICES="")  # none is seen where there is one
     assert done.returncode == 1
     assert "problem: no GPU can be used: " in done.stdout
     assert "problem: there is no NVIDIA driver; fix: install it" in done.stdout
