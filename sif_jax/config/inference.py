@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from sif_jax.config.inputs import DataConfig, ModelConfig, PromptConfig, check_images_fit
+from sif_jax.config.inputs import DataConfig, ModelConfig, PromptConfig, TruncationConfig, check_images_fit
 from sif_jax.config.section import Config
 from sif_jax.config.training import RunName
 from sif_jax.errors import InputError
@@ -34,17 +34,10 @@ class EvalConfig(Config):
         return self
 
 
-class SamplingConfig(Config):
+class SamplingConfig(TruncationConfig):
     max_new_tokens: PositiveInt = Field(default=2048, description="longest completion, tokens")
     num_samples: PositiveInt = Field(default=1, description="completions")
     temperature: NonNegativeFloat = Field(default=0.0, description="sampling temperature; 0: greedy")
-    top_p: float = Field(
-        default=1.0, gt=0, le=1, description="sample from the smallest set with this probability; 1: off"
-    )
-    top_k: NonNegativeInt = Field(default=0, description="sample from the k likeliest tokens; 0: off")
-    min_p: float = Field(
-        default=0.0, ge=0, le=1, description="sample from tokens at least so likely, relative to the likeliest; 0: off"
-    )
     stop: tuple[str, ...] = Field(default=(), description="strings that end a completion; they are not in its text")
     max_length: PositiveInt | None = Field(
         default=None, description="prompt and completion, tokens; null: what the model was made for"

@@ -105,6 +105,18 @@ class DataConfig(Config):
     buckets: BucketsConfig = BucketsConfig()
 
 
+class TruncationConfig(Config):
+    """What sampling keeps of a distribution: top-k, of that top-p, of that min-p."""
+
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="sample from the smallest set with this probability; 1: off"
+    )
+    top_k: NonNegativeInt = Field(default=0, description="sample from the k likeliest tokens; 0: off")
+    min_p: float = Field(
+        default=0.0, ge=0, le=1, description="sample from tokens at least so likely, relative to the likeliest; 0: off"
+    )
+
+
 def check_images_fit(model: ModelConfig, prompt: PromptConfig, buckets: BucketsConfig) -> None:
     images = 2 if prompt.depth_input else 1
     needed = images * 4 * ((model.max_pixels or 0) // (4 * PATCH_PIXELS))

@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from sif_jax.config.inputs import TruncationConfig
 from sif_jax.config.section import Config, Fraction
 from sif_jax.config.training import TrainConfig
 from sif_jax.errors import InputError
@@ -169,19 +170,12 @@ class ObjectiveConfig(Config):
         return self.clip_low or low, self.clip_high or high
 
 
-class GrpoConfig(TrainConfig):
+class GrpoConfig(TruncationConfig, TrainConfig):
     prompts_per_step: PositiveInt = Field(default=2, description="prompts per rollout, over the whole job")
     micro_batch: PositiveInt = Field(default=1, description="prompts per forward pass; divides prompts_per_step")
     num_samples: int = Field(default=8, ge=2, description="completions per prompt (the group's size N)")
     max_new_tokens: PositiveInt = Field(default=2048, description="longest completion, tokens")
     temperature: PositiveFloat = Field(default=1.0, description="sampling temperature")
-    top_p: float = Field(
-        default=1.0, gt=0, le=1, description="sample from the smallest set with this probability; 1: off"
-    )
-    top_k: NonNegativeInt = Field(default=0, description="sample from the k likeliest tokens; 0: off")
-    min_p: float = Field(
-        default=0.0, ge=0, le=1, description="sample from tokens at least so likely, relative to the likeliest; 0: off"
-    )
     stop: tuple[str, ...] = Field(default=(), description="strings that end a completion, such as </answer>")
     decode_rows: PositiveInt | None = Field(
         default=None, description="completions decoded at once, over the whole job; null: all of a step"
