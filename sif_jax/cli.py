@@ -27,6 +27,7 @@ from sif_jax.config import (
     RunName,
     ScenesBuildConfig,
     SftConfig,
+    TrainBenchConfig,
     config_text,
     describe,
     load_config,
@@ -388,6 +389,26 @@ def decode(config: DecodeBenchConfig, against: str, json_only: bool) -> None:
     """
     from sif_jax.bench.decode import measure, report
     from sif_jax.bench.report_line import json_line
+
+    figures = measure(config, against=against)
+    click.echo(json_line(figures) if json_only else report(figures))
+
+
+@_command(bench, "train", TrainBenchConfig)
+@click.option("--against", type=click.Choice(["none", "hf"]), default="none", help="hf: transformers and PEFT, too.")
+@_json
+def train_(config: TrainBenchConfig, against: str, json_only: bool) -> None:
+    """Time a LoRA SFT step and a GRPO update on one device, and compare with transformers and PEFT.
+
+    Same weights and batch; each runs in a process of its own, and they take turns. The last line is one JSON object: machine,
+    config, and for each stage tokens per second, MFU, peak memory, the time of the first step, loss and gradient norm.
+
+    \b
+    Example: sif-jax bench train --against hf --json
+             sif-jax bench train architecture=configs/models/Qwen2.5-VL-7B-Instruct dtype=bfloat16 --against hf
+    """
+    from sif_jax.bench.report_line import json_line
+    from sif_jax.bench.train import measure, report
 
     figures = measure(config, against=against)
     click.echo(json_line(figures) if json_only else report(figures))

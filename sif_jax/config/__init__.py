@@ -13,6 +13,7 @@ from sif_jax.config.studies import (
     PrecisionBenchConfig,
     RematBenchConfig,
     RewardsBenchConfig,
+    TrainBenchConfig,
     VariantConfig,
 )
 from sif_jax.config.training import LoraConfig, OptimizerConfig, RunConfig, RunName, SftConfig, TrainConfig
@@ -49,6 +50,7 @@ __all__ = [
     "SftConfig",
     "TinyModelConfig",
     "TinyVisionConfig",
+    "TrainBenchConfig",
     "TrainConfig",
     "VariantConfig",
     "config_text",

@@ -104,3 +104,67 @@ class DecodeBenchConfig(Config):
                 expected=f"at most {self.max_new_tokens}",
             )
         return self
+
+
+class TrainBenchConfig(Config):
+    checkpoint: str | None = Field(
+        default=None, description="Hugging Face checkpoint; null: random weights of the architecture"
+    )
+    architecture: str = Field(
+        default="configs/bench/100M", description="directory with the config.json of the random weights"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="frozen weights and arithmetic of both; adapters and moments are float32"
+    )
+    lora_rank: PositiveInt = Field(default=8, description="rank of the adapters, on every linear layer of the decoder")
+    remat: Literal["none", "dots", "full"] = Field(
+        default="none", description="what ours computes again in the backward pass"
+    )
+    hf_checkpointing: bool | None = Field(
+        default=None, description="gradient checkpointing of transformers; null: where remat is not none"
+    )
+    attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
+        default="auto", description="ours; see model.attention"
+    )
+    stages: Annotated[tuple[Literal["sft", "grpo"], ...], Field(min_length=1)] = Field(
+        default=("sft", "grpo"), description="which steps are measured"
+    )
+    image_px: tuple[PositiveInt, PositiveInt] = Field(
+        default=(364, 252), description="(width, height) of each of a row's two images; 28 divides"
+    )
+    rows: PositiveInt = Field(default=4, description="SFT: rows of the batch")
+    tokens: PositiveInt = Field(default=1024, description="SFT: tokens per row, images included")
+    prompts: PositiveInt = Field(default=2, description="GRPO: prompts of the update")
+    samples: int = Field(default=8, ge=2, description="GRPO: completions of each prompt")
+    prompt_tokens: PositiveInt = Field(default=278, description="GRPO: tokens of each prompt, images included")
+    min_new_tokens: PositiveInt = Field(default=64, description="GRPO: the shortest completion")
+    max_new_tokens: PositiveInt = Field(default=256, description="GRPO: the longest; lengths are spread evenly between")
+    micro_batch: PositiveInt | None = Field(
+        default=None, description="GRPO: prompts that ours computes at once; null: all"
+    )
+    hf_rows: PositiveInt | None = Field(
+        default=None, description="GRPO: completions that transformers computes at once; null: all"
+    )
+    steps: PositiveInt = Field(default=5, description="timed steps of each")
+    in_turns: bool = Field(
+        default=True,
+        description="step by step, both in memory, for a machine that does other work; false: one after the other",
+    )
+    seed: NonNegativeInt = Field(default=0, description="of the weights, the tokens and the lengths")
+
+    @model_validator(mode="after")
+    def _parts_are_whole(self) -> TrainBenchConfig:
+        completions = self.prompts * self.samples
+        for name, part, whole in [
+            ("micro_batch", self.micro_batch, self.prompts),
+            ("hf_rows", self.hf_rows, completions),
+        ]:
+            if part and whole % part:
+                raise InputError(f"{name} leaves a rest", value=part, expected=f"a divisor of {whole}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise InputError(
+                "min_new_tokens is above max_new_tokens",
+                value=self.min_new_tokens,
+                expected=f"at most {self.max_new_tokens}",
+            )
+        return self

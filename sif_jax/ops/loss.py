@@ -44,11 +44,14 @@ def chunked_logprobs(
         x = x.reshape(-1, shards, chunk).swapaxes(0, 1)
         return x.reshape(-1)[:count]
 
+    vocabulary = jnp.arange(head.shape[1])[None]
+
     @jax.checkpoint
     def one(args: tuple[Array, Array]) -> tuple[Array, Array]:
         logits = jnp.einsum("md,dv->mv", args[0], head.astype(args[0].dtype), preferred_element_type=jnp.float32)
         logprobs = jax.nn.log_softmax(logits / temperature, axis=-1)
-        chosen = jnp.take_along_axis(logprobs, args[1][:, None], axis=-1)[:, 0]
+        # A comparison and not a gather, whose gradient would scatter into an array of the logits' size.
+        chosen = jnp.sum(jnp.where(args[1][:, None] == vocabulary, logprobs, 0.0), axis=-1)
         return chosen, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
 
     chosen, entropy = jax.lax.map(one, (chunks(hidden), chunks(targets)))

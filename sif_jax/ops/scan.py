@@ -9,12 +9,15 @@ import jax
 
 Remat = Literal["none", "dots", "full"]
 
-# What is kept of each layer: everything; its input and its weights' products, so that attention and the elementwise work
-# are done again (MaxText's "minimal"); its input. Costs in docs/results/remat.md, by `sif-jax bench remat`. Keeping all
-# products but the feed-forward's wide ones lies on the line between dots and full, so it is not offered.
+# What linear layers are told to be kept as: what they put out, adapter included, and what comes between an adapter's factors.
+LINEAR, LOW_RANK = "linear", "low_rank"
+
+# What is kept of each layer: everything; its input and what its linear layers put out, so that attention and the elementwise
+# work are done again (MaxText's "minimal"); its input. Costs in docs/results/remat.md, by `sif-jax bench remat`. Keeping all
+# but the feed-forward's wide ones lies on the line between dots and full, so it is not offered.
 REMAT_POLICIES = {
     "none": lambda body: body,
-    "dots": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "dots": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(LINEAR, LOW_RANK)),
     "full": jax.checkpoint,
 }
 # A short stack is written out: nothing is copied in and out of stacked residuals, for a fifth less time on CPU. A long one

@@ -7,9 +7,11 @@ import zlib
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
+from sif_jax.ops.scan import LINEAR, LOW_RANK
 from sif_jax.parallel.partition import constrain
 
 Key = Array | None
@@ -37,13 +39,13 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y = y + _aligned(self.bias[...], y)
         if self.lora_a is None or self.lora_b is None:
-            return y
+            return checkpoint_name(y, LINEAR)
         if key is not None and self.lora_dropout > 0:
             x = _dropout(x, jax.random.fold_in(key, self.salt), self.lora_dropout)
         # Split where they are kept and whole where they are used: they are small, and no activation takes on their split.
         a, b = (constrain(factor[...].astype(x.dtype), None, None) for factor in (self.lora_a, self.lora_b))
-        low = jnp.matmul(x, a)
-        return y + self.lora_alpha / low.shape[-1] * jnp.matmul(low, b)
+        low = checkpoint_name(jnp.matmul(x, a), LOW_RANK)
+        return checkpoint_name(y + self.lora_alpha / low.shape[-1] * jnp.matmul(low, b), LINEAR)
 
 
 def _aligned(vector: Shaped[Array, "D"], x: Shaped[Array, "*batch D"]) -> Shaped[Array, "*ones D"]:

@@ -1,0 +1,132 @@
+"""The training bench: both engines take the same step, its FLOPs are the program's, and what it prints and refuses."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from sif_jax.bench.flops import matmul_flops
+from sif_jax.bench.train_flops import step_flops, vision_flops
+from sif_jax.bench.train_ours import OurTraining, write_inputs
+from sif_jax.bench.train_transformers import TransformersTraining
+from sif_jax.bench.train_workload import make_work
+from sif_jax.bench.worker import Worker
+from sif_jax.bench.workload import abstract_policy
+from sif_jax.cli import main
+from sif_jax.config import TrainBenchConfig
+from sif_jax.errors import InputError
+from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from sif_jax.training.sft import make_gradients
+from tests.checkpoints import tiny_checkpoint
+
+SIZES = {
+    "image_px": (56, 56),
+    "rows": 2,
+    "tokens": 48,
+    "prompts": 2,
+    "samples": 3,
+    "prompt_tokens": 24,
+    "min_new_tokens": 3,
+    "max_new_tokens": 8,
+    "lora_rank": 2,
+    "steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def config() -> TrainBenchConfig:
+    return TrainBenchConfig(architecture=str(tiny_checkpoint()), **SIZES)
+
+
+@pytest.fixture(scope="module")
+def files(config, tmp_path_factory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("bench")
+    write_inputs(config, root / "model", root / "adapter")
+    return root / "model", root / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"), [("sft", {}), ("grpo", {"micro_batch": 1, "hf_rows": 2, "remat": "dots"})]
+)
+def test_both_engines_take_the_same_steps(config, files, stage, changes):
+    """Loss and gradient norm, which is that of both factors of every layer, of two steps: the second follows an update."""
+    config = config.model_copy(update=changes)
+    ours, theirs = (make(config, *files, stage) for make in (OurTraining, TransformersTraining))
+    for _ in range(2):
+        own, other = ours.step(), theirs.step()
+        assert own.loss == pytest.approx(other.loss, rel=1e-4, abs=1e-6)
+        assert own.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+    assert ours.figures()["peak_bytes"] > 0
+
+
+def test_the_flops_are_those_of_the_traced_program_less_what_it_does_twice(config):
+    """The tower's windows are filled up, and the head's chunks are computed again in the backward pass."""
+    architecture = Qwen2_5_VLConfig.from_directory(tiny_checkpoint())
+    work = make_work(config, architecture, "sft")
+    text, rows = architecture.text, config.rows
+    graphdef, trainable, frozen = abstract_policy(architecture, lora_rank=config.lora_rank)
+    traced = make_gradients(graphdef, dropout=False).trace(None, trainable, frozen, work.batch, jax.random.key(0))
+    model_only = matmul_flops(traced.jaxpr.jaxpr)
+    again = 2 * rows * (config.tokens - 1) * text.hidden_size * text.vocab_size
+    expected = step_flops(architecture, work, rank=config.lora_rank) + again
+    assert vision_flops(architecture, work) < 0.5 * expected
+    assert model_only == pytest.approx(expected, rel=0.05)
+
+
+def test_grpo_counts_real_tokens_once_and_the_prompts_once_per_group(config):
+    architecture = Qwen2_5_VLConfig.from_directory(tiny_checkpoint())
+    work = make_work(config, architecture, "grpo")
+    assert work.completed is not None
+    assert work.tokens == sum(range(3, 9))
+    more = work._replace(completed=work.completed._replace(mask=np.ones_like(work.completed.mask)))
+    few, many = (step_flops(architecture, each, rank=2) - vision_flops(architecture, work) for each in (work, more))
+    seen = config.prompts * config.prompt_tokens
+    assert many / few == pytest.approx((seen + 6 * 8) / (seen + 33), rel=0.1)
+
+
+def test_the_command_prints_a_table_and_a_line_of_json(config):
+    words = [f"{key}={json.dumps(value)}" for key, value in SIZES.items()]
+    words += [f"architecture={tiny_checkpoint()}", 'stages=["sft"]']
+    result = CliRunner().invoke(main, ["bench", "train", *words])
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.strip().splitlines()
+    figures = json.loads(lines[-1])
+    assert {"bench", "machine", "config", "stages"} == set(figures)
+    own = figures["stages"]["sft"]["engines"]["sif_jax"]
+    assert own["tokens_per_second"] == pytest.approx(2 * 48 / own["seconds"])
+    assert own["mfu"] == pytest.approx(figures["stages"]["sft"]["flops"] / own["seconds"] / own["peak_flops"])
+    assert 0 < own["seconds"] < own["warm_seconds"] < own["first_step_seconds"]
+    assert any(line.startswith("| sft | sif_jax |") for line in lines)
+
+
+def fail() -> None:
+    raise InputError("no such thing", value=3)
+
+
+def die() -> None:
+    import os
+
+    os._exit(9)
+
+
+def test_what_goes_wrong_in_a_worker_is_one_error_here():
+    with Worker("mine") as worker, pytest.raises(InputError, match="^no such thing; got 3$"):
+        worker.run(fail)
+    with Worker("mine") as worker, pytest.raises(InputError, match="the process of mine died"):
+        worker.run(die)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"micro_batch": 3}, "micro_batch leaves a rest; got 3; expected a divisor of 2"),
+        ({"hf_rows": 4}, "hf_rows leaves a rest; got 4; expected a divisor of 6"),
+        ({"min_new_tokens": 9}, "min_new_tokens is above max_new_tokens; got 9; expected at most 8"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        TrainBenchConfig(**SIZES | changes)
