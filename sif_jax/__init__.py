@@ -17,6 +17,7 @@ _HOME = {
     "parse": "sif_jax.sif.grammar",
 }
 
+__version__ = "0.1.0"
 __all__ = ["VLM", "Completion", "load", "parse", "rewards"]
 
 

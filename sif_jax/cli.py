@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 from pydantic import BaseModel
 
+from sif_jax import __version__
 from sif_jax.config import (
     AblationConfig,
     DataConfig,
@@ -72,7 +73,7 @@ def _default_text(default: str | None) -> str:
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.version_option(package_name="sif_jax")
+@click.version_option(__version__)
 def main() -> None:
     """SIFThinker in JAX: spatially-aware image focus with Qwen2.5-VL, LoRA SFT and GRPO-SIF.
 
@@ -432,3 +433,7 @@ def _report_inputs(run: RunName, model_path: str, data: DataConfig) -> int:
 def _report_steps(rows: int, epochs: int, rows_per_step: int, max_steps: int | None) -> None:
     steps = max_steps or max(rows * epochs // rows_per_step, 1)
     click.echo(f"steps  {steps} of {rows_per_step} records")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ import yaml
 from click.testing import CliRunner
 from PIL import Image
 
+from sif_jax import __version__
 from sif_jax.cli import main
 from sif_jax.config import GenerateConfig, SftConfig, describe, load_config
 from sif_jax.errors import InputError
@@ -95,6 +96,13 @@ def test_help_is_there_within_a_second_without_importing_jax():
     began = time.monotonic()
     assert python("sft", "--help").returncode == 0
     assert time.monotonic() - began < 3, "well under a second on an idle machine; the margin is for a busy one"
+
+
+@pytest.mark.parametrize("module", ["sif_jax", "sif_jax.cli"])
+def test_the_commands_run_as_a_module_whose_version_needs_no_installed_package(module):
+    command = [sys.executable, "-m", module, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split()[-1] == __version__
 
 
 def test_print_config_is_the_whole_resolved_config():
