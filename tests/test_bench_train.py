@@ -16,7 +16,7 @@ from sif_jax.bench.train_workload import make_work
 from sif_jax.bench.worker import Worker
 from sif_jax.bench.workload import abstract_policy
 from sif_jax.cli import main
-from sif_jax.config import TrainBenchConfig
+from sif_jax.config import TrainBenchConfig, load_config
 from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from sif_jax.training.sft import make_gradients
@@ -113,20 +113,20 @@ def die() -> None:
 
 
 def test_what_goes_wrong_in_a_worker_is_one_error_here():
-    with Worker("mine") as worker, pytest.raises(InputError, match="^no such thing; got 3$"):
+    with Worker("mine") as worker, pytest.raises(InputError, match=r"^no such thing; got 3$"):
         worker.run(fail)
     with Worker("mine") as worker, pytest.raises(InputError, match="the process of mine died"):
         worker.run(die)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("words", "message"),
     [
-        ({"micro_batch": 3}, "micro_batch leaves a rest; got 3; expected a divisor of 2"),
-        ({"hf_rows": 4}, "hf_rows leaves a rest; got 4; expected a divisor of 6"),
-        ({"min_new_tokens": 9}, "min_new_tokens is above max_new_tokens; got 9; expected at most 8"),
+        (["micro_batch=3"], "micro_batch leaves a rest; got 3; expected a divisor of 2"),
+        (["hf_rows=5"], "hf_rows leaves a rest; got 5; expected a divisor of 16"),
+        (["min_new_tokens=300"], "min_new_tokens is above max_new_tokens; got 300; expected at most 256"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(changes, message):
+def test_sizes_that_cannot_be_are_refused(words, message):
     with pytest.raises(InputError, match=message):
-        TrainBenchConfig(**SIZES | changes)
+        load_config(TrainBenchConfig, None, words)
