@@ -56,21 +56,32 @@ def test_permute_and_its_gradient_are_gathers_that_skip_padding():
     np.testing.assert_array_equal(gradient[0], [[3, 3], [0, 0], [1, 1], [0, 0]])
 
 
+def test_the_gradient_by_hidden_states_computes_the_logits_once_and_that_of_a_frozen_head_not_at_all():
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(64, 32), (32, 512)]]
+    targets = jnp.zeros(64, jnp.int32)
+
+    def flops(argnums):
+        gradient = jax.grad(lambda h, w: chunked_logprobs(h, w, targets)[0].sum(), argnums=argnums)
+        return jax.jit(gradient).lower(*shapes).compile().as_text().count(" dot(")
+
+    assert (flops(0), flops((0, 1))) == (2, 4)
+
+
 @pytest.mark.parametrize("chunk", [3, 4, 100])
 def test_chunked_logprobs_equal_the_whole_softmax_and_so_does_the_gradient(chunk):
     rng = np.random.default_rng(2)
     hidden, head, targets = normal(rng, 10, 6), normal(rng, 6, 17), jnp.asarray(rng.integers(0, 17, 10))
 
-    def whole(hidden):
+    def whole(hidden, head):
         return jax.nn.log_softmax(hidden @ head / 0.7)[jnp.arange(10), targets]
 
-    def ours(hidden):
+    def ours(hidden, head):
         return chunked_logprobs(hidden, head, targets, temperature=0.7, chunk=chunk)[0]
 
-    np.testing.assert_allclose(ours(hidden), whole(hidden), atol=1e-5)
-    np.testing.assert_allclose(
-        jax.grad(lambda h: jnp.sum(ours(h) ** 2))(hidden), jax.grad(lambda h: jnp.sum(whole(h) ** 2))(hidden), atol=1e-4
-    )
+    np.testing.assert_allclose(ours(hidden, head), whole(hidden, head), atol=1e-5)
+    gradients = (jax.grad(lambda *x, by=by: jnp.sum(by(*x) ** 2), argnums=(0, 1))(hidden, head) for by in (ours, whole))
+    for own, expected in zip(*gradients, strict=True):
+        np.testing.assert_allclose(own, expected, atol=1e-4)
     entropy = chunked_logprobs(hidden, head, targets, chunk=chunk)[1]
     probs = jax.nn.softmax(hidden @ head)
     np.testing.assert_allclose(entropy, -jnp.sum(probs * jnp.log(probs), axis=-1), atol=1e-5)

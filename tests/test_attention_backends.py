@@ -20,6 +20,7 @@ from sif_jax.errors import InputError
 from sif_jax.ops import attention_backends, attention_choice
 from sif_jax.ops.attention_backends import BACKENDS, self_attention
 from sif_jax.ops.attention_choice import choose_backend
+from sif_jax.ops.scan import scan_layers
 from tests.attention_backends import RUNNABLE, traced_as
 
 # (T, N, K, H, causal): decoder and vision heads; groups of 1, 2, 7; lengths that no block and no chunk divides.
@@ -106,6 +107,29 @@ def test_any_packing_gives_what_the_definition_gives(name, shape, rows, seed):
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
+def test_a_row_alone_needs_no_segments(name):
+    """Real positions and their gradients are the same; padding, which gives no loss, may differ."""
+    rng, segments = np.random.default_rng(0), jnp.asarray(packed(37, [20], [37]))
+    shapes = [(2, 37, 4, 16), *[(2, 2, 37, 16)] * 2]
+    q, k, v = (
+        jnp.asarray(rng.normal(size=shape), jnp.bfloat16 if name == "cudnn" else jnp.float32) for shape in shapes
+    )
+
+    def total(backend, packed):
+        def loss(q, k, v):
+            out = self_attention(q, k, v, segments, causal=True, backend=backend, packed=packed)
+            return jnp.sum(jnp.where((segments > 0)[:, :, None, None], out, 0).astype(jnp.float32) ** 2)
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    with traced_as(name):
+        ours = jax.tree.leaves(total(name.split()[0], packed=False))
+    for own, expected in zip(ours, jax.tree.leaves(total("xla", packed=True)), strict=True):
+        error = jnp.abs(own - expected).max() / jnp.abs(expected).max()
+        assert error < (3e-2 if name == "cudnn" else 1e-5)
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
 def test_bfloat16_stays_bfloat16_and_near_float32(name, measured):
     rng, segments = np.random.default_rng(0), jnp.asarray(packed(37, [20, 10], [37]))
     q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in [(2, 37, 4, 16), *[(2, 2, 37, 16)] * 2])
@@ -136,23 +160,42 @@ def test_a_long_row_never_holds_its_logits_whole(gradient, measured):
     measured(f"XLA attention at 8192 positions, {kind}: temporary bytes, share of 4 N T T", temporary, at_most=1 / 5)
 
 
-def test_cudnn_gets_its_fused_kernels_with_the_segments_as_an_explicit_bias(monkeypatch):
+@pytest.mark.parametrize(
+    ("packed", "kernel"), [(True, "fmhaScaleBiasSoftmax"), (False, "fmhaSoftmax")], ids=["packed", "alone"]
+)
+def test_cudnn_gets_its_fused_kernels_with_the_segments_of_packed_rows_as_an_explicit_bias(monkeypatch, packed, kernel):
     # Lowering asks for the installed cuDNN; the version is all that it wants to know.
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
 
     def total(q, k, v, segments):
-        return self_attention(q, k, v, segments, causal=True, backend="cudnn").astype(jnp.float32).sum()
+        out = self_attention(q, k, v, segments, causal=True, backend="cudnn", packed=packed)
+        return out.astype(jnp.float32).sum()
 
-    kernels = ["__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"]
+    kernels = [f"__cudnn${kernel}", f"__cudnn${kernel}Backward"]
     shapes = [(2, 250, 4, 80), (2, 2, 250, 80), (2, 2, 250, 80)]
     lowered = export.export(
         jax.jit(jax.grad(total, argnums=(0, 1, 2))),
         platforms=["cuda"],
-        disabled_checks=[export.DisabledSafetyCheck.custom_call(kernel) for kernel in kernels],
+        disabled_checks=[export.DisabledSafetyCheck.custom_call(name) for name in kernels],
     )(*(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes), jax.ShapeDtypeStruct((2, 250), jnp.int32))
     calls = [line for line in lowered.mlir_module().splitlines() if "__cudnn$" in line]
     assert sorted(re.findall(r"@(\S+)\(", " ".join(calls))) == kernels
-    assert all("tensor<2x1x256x256xbf16>" in call for call in calls)
+    assert all(("tensor<2x1x256x256xbf16>" in call) == packed for call in calls)
+
+
+@pytest.mark.parametrize(("remat", "times"), [("dots", 1), ("full", 2)])
+def test_dots_keeps_what_cudnn_needs_for_its_gradient(monkeypatch, remat, times):
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    segments = jnp.ones((1, 256), jnp.int32)
+
+    def total(q):
+        def layer(q, _):
+            return self_attention(q, q.swapaxes(1, 2), q.swapaxes(1, 2), segments, causal=True, backend="cudnn"), None
+
+        return scan_layers(layer, q, jnp.arange(9), remat=remat)[0].astype(jnp.float32).sum()
+
+    program = str(jax.make_jaxpr(jax.grad(total))(jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)))
+    assert program.count("dot_product_attention_fwd_wrapper[") == times
 
 
 @pytest.fixture
@@ -168,15 +211,15 @@ def on_a_tpu(monkeypatch):
     choose_backend.cache_clear()
 
 
-def ignores_segments(q, k, v, segments, causal):
-    return BACKENDS["xla"](q, k, v, jnp.ones_like(segments), causal)
+def ignores_segments(q, k, v, segments, causal, packed):
+    return BACKENDS["xla"](q, k, v, jnp.ones_like(segments), causal, packed)
 
 
-def gives_nan(q, k, v, segments, causal):
-    return jnp.where(segments[..., None, None] > 0, BACKENDS["xla"](q, k, v, segments, causal), jnp.nan)
+def gives_nan(q, k, v, segments, causal, packed):
+    return jnp.where(segments[..., None, None] > 0, BACKENDS["xla"](q, k, v, segments, causal, packed), jnp.nan)
 
 
-def does_not_lower(q, k, v, segments, causal):
+def does_not_lower(q, k, v, segments, causal, packed):
     raise ValueError("no such kernel\nsecond line")
 
 

@@ -66,7 +66,7 @@ class OurTraining:
         self._apply = make_apply(optimizer, where)
         self._key = jax.random.key(config.seed)
         if stage == "sft":
-            self._gradients = sft.make_gradients(self._graphdef, dropout=False, shardings=where)
+            self._gradients = sft.make_gradients(self._graphdef, dropout=False, packed=False, shardings=where)
         else:
             self._grpo = grpo_config(config)
             self._reference = reference_of(self._graphdef, trainable, self._frozen)

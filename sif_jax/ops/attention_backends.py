@@ -46,16 +46,22 @@ def self_attention(
     *,
     causal: bool,
     backend: Backend,
+    packed: bool = True,
 ) -> Shaped[Array, "B T N H"]:
     """softmax(q kᵀ / √H) v over what a position sees; query head n reads key head n // (N/K).
+
+    `packed` false promises one segment a row, and padding after it: a causal kernel then needs no segments. What padding sees
+    is left open.
 
     On a mesh the devices share the heads, those of `sequence` too: each has the whole row of its heads.
     """
     q, k, v = constrain(q, *QUERY), constrain(k, *KEY), constrain(v, *KEY)
-    return constrain(BACKENDS[backend](q, k, v, constrain(segments, "batch", None), causal), *QUERY)
+    return constrain(
+        BACKENDS[backend](q, k, v, constrain(segments, "batch", None), causal, packed or not causal), *QUERY
+    )
 
 
-def _xla(q: Array, k: Array, v: Array, segments: Array, causal: bool) -> Array:
+def _xla(q: Array, k: Array, v: Array, segments: Array, causal: bool, packed: bool) -> Array:
     """One product for a short row; for a long one a loop over chunks of queries, computed again in the backward pass."""
     batch, length, heads, _ = q.shape
     index = jnp.arange(length)
@@ -84,7 +90,7 @@ def _visible(
     return same & past if causal else same
 
 
-def _splash(q: Array, k: Array, v: Array, segments: Array, causal: bool) -> Array:
+def _splash(q: Array, k: Array, v: Array, segments: Array, causal: bool, packed: bool) -> Array:
     """The Pallas kernel of JAX's TPU library; off the TPU it is interpreted, for the tests."""
     length, dim = q.shape[1], q.shape[3]
     count = _ceil(length, SPLASH_BLOCK)
@@ -116,7 +122,11 @@ def _splash_kernel(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
     kernel = make_splash_mha(
-        MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
     )
     return cast(Array, jax.vmap(kernel)(q, k, v, SegmentIds(segments, segments)))
 
@@ -135,15 +145,16 @@ def _on_each_device(rows: Callable[..., Array], keys: tuple[int, ...]) -> Callab
     )
 
 
-def _cudnn(q: Array, k: Array, v: Array, segments: Array, causal: bool) -> Array:
-    """cuDNN's fused kernel. The segments are an explicit mask [B, 1, T, T]: its own packing may be ignored in silence."""
+def _cudnn(q: Array, k: Array, v: Array, segments: Array, causal: bool, packed: bool) -> Array:
+    """cuDNN's fused kernel. Segments are an explicit mask [B, 1, T, T], which slows it: its own packing may be ignored in
+    silence."""
     length, dim = q.shape[1], q.shape[3]
     q, k, v, segments = _padded(q, k, v, segments, _round_up(length, CUDNN_MULTIPLE), _round_up(dim, CUDNN_MULTIPLE))
     out = jax.nn.dot_product_attention(
         q,
         head_major(k),
         head_major(v),
-        mask=segment_mask(segments)[:, None],
+        mask=segment_mask(segments)[:, None] if packed else None,
         scale=dim**-0.5,
         is_causal=causal,
         implementation="cudnn",
@@ -151,7 +162,7 @@ def _cudnn(q: Array, k: Array, v: Array, segments: Array, causal: bool) -> Array
     return out[:, :length, :, :dim]
 
 
-BACKENDS: dict[Backend, Callable[[Array, Array, Array, Array, bool], Array]] = {
+BACKENDS: dict[Backend, Callable[[Array, Array, Array, Array, bool, bool], Array]] = {
     "xla": _xla,
     "splash": _splash,
     "cudnn": _cudnn,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Literal
 
@@ -17,6 +18,8 @@ from sif_jax.ops.attention_backends import Backend, self_attention
 NATIVE: dict[str, Backend] = {"tpu": "splash", "gpu": "cudnn"}  # xla runs everywhere
 # Relative; both sides in bfloat16, whose step is 2**-8. A segment that is ignored gives an error near 1.
 TOLERANCE = 0.03
+LENGTH = 256
+PACKED, ALONE = ((100, 90), (30,)), ((256,), (190,))  # lengths of the segments of each row
 
 
 @cache
@@ -47,7 +50,9 @@ def why_not(backend: Backend, dtype: str) -> str | None:
     if backend == "cudnn" and dtype == "float32":
         return "cudnn attention computes in bfloat16 only"
     try:
-        errors = [_error(backend, dtype, causal=causal, dim=dim) for causal, dim in [(True, 128), (False, 80)]]
+        errors = [
+            _error(backend, dtype, *case) for case in [(True, 128, PACKED), (True, 128, ALONE), (False, 80, PACKED)]
+        ]
     except (RuntimeError, ValueError) as problem:  # what JAX, XLA and Mosaic raise for what they cannot lower or run
         return f"{backend} attention fails: {str(problem).partition(chr(10))[0]}"
     if all(error <= TOLERANCE for error in errors):
@@ -55,17 +60,26 @@ def why_not(backend: Backend, dtype: str) -> str | None:
     return f"{backend} attention is off by {np.max(errors):.2g} of the largest value"
 
 
-def _error(backend: Backend, dtype: str, *, causal: bool, dim: int) -> float:
-    """The largest difference from XLA, relative to the largest value, over the output and the three gradients."""
+def _error(backend: Backend, dtype: str, causal: bool, dim: int, rows: Sequence[Sequence[int]]) -> float:
+    """The largest difference from XLA, relative to the largest value, over the output and the three gradients.
+
+    `rows` are the lengths of each row's segments.
+    """
     rng = np.random.default_rng(0)
-    shapes = [(2, 256, 4, dim), (2, 2, 256, dim), (2, 2, 256, dim), (2, 256, 4, dim)]
+    shapes = [(2, LENGTH, 4, dim), (2, 2, LENGTH, dim), (2, 2, LENGTH, dim), (2, LENGTH, 4, dim)]
     arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
-    segments = jnp.asarray([np.repeat([1, 2, 0], [100, 90, 66]), np.repeat([1, 0], [30, 226])], jnp.int32)
+    numbered = [np.repeat(np.arange(1, len(row) + 1), row) for row in rows]
+    segments = jnp.asarray([np.pad(row, (0, LENGTH - len(row))) for row in numbered], jnp.int32)
+    packed, real = rows is PACKED, (segments > 0)[:, :, None, None]
 
     # The arrays are arguments, or the compiler would fold everything into a constant, computed on the host.
     @partial(jax.jit, static_argnums=0)
     def outputs(backend: Backend, q: Array, k: Array, v: Array, cotangent: Array) -> tuple[Array, ...]:
-        out, pull = jax.vjp(lambda q, k, v: self_attention(q, k, v, segments, causal=causal, backend=backend), q, k, v)
+        def attend(q: Array, k: Array, v: Array) -> Array:
+            out = self_attention(q, k, v, segments, causal=causal, backend=backend, packed=packed)
+            return out if packed else jnp.where(real, out, 0)  # what padding sees is left open
+
+        out, pull = jax.vjp(attend, q, k, v)
         return out, *pull(cotangent)
 
     pairs = zip(outputs(backend, *arrays), outputs("xla", *arrays))

@@ -9,15 +9,23 @@ import jax
 
 Remat = Literal["none", "dots", "full"]
 
-# What linear layers are told to be kept as: what they put out, adapter included, and what comes between an adapter's factors.
+# What is kept of a layer is told by name: what its linear layers put out, adapter included; what comes between an adapter's
+# factors. What cuDNN's attention needs for its gradient has no such name, but its operation has one.
 LINEAR, LOW_RANK = "linear", "low_rank"
+CUDNN_ATTENTION = "dot_product_attention_fwd"
+_named = jax.checkpoint_policies.save_only_these_names(LINEAR, LOW_RANK)
 
-# What is kept of each layer: everything; its input and what its linear layers put out, so that attention and the elementwise
-# work are done again (MaxText's "minimal"); its input. Costs in docs/results/remat.md, by `sif-jax bench remat`. Keeping all
+
+def _keep_products(primitive: Any, *values: Any, **parameters: Any) -> Any:
+    return primitive.name.startswith(CUDNN_ATTENTION) or _named(primitive, *values, **parameters)
+
+
+# What is kept of each layer: everything; its input and its named results, so that other attention and the elementwise work
+# are done again (MaxText's "minimal"); its input. Costs in docs/results/remat.md, by `sif-jax bench remat`. Keeping all
 # but the feed-forward's wide ones lies on the line between dots and full, so it is not offered.
 REMAT_POLICIES = {
     "none": lambda body: body,
-    "dots": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(LINEAR, LOW_RANK)),
+    "dots": lambda body: jax.checkpoint(body, policy=_keep_products),
     "full": jax.checkpoint,
 }
 # A short stack is written out: nothing is copied in and out of stacked residuals, for a fifth less time on CPU. A long one

@@ -21,9 +21,11 @@ class TokenSums(NamedTuple):
     tokens: Float[Array, ""]
 
 
-def next_token_loss(model: Qwen2_5_VL, batch: Batch, key: Array | None) -> tuple[Float[Array, ""], TokenSums]:
+def next_token_loss(
+    model: Qwen2_5_VL, batch: Batch, key: Array | None, *, packed: bool = True
+) -> tuple[Float[Array, ""], TokenSums]:
     """Summed negative log-likelihood of the target tokens, each predicted from the token before it."""
-    hidden = model.hidden(batch, key)[:, :-1]
+    hidden = model.hidden(batch, key, packed=packed)[:, :-1]
     targets, mask = batch["tokens"][:, 1:], batch["loss_mask"][:, 1:]
     logprobs, _ = chunked_logprobs(hidden.reshape(-1, hidden.shape[-1]), model.head(), targets.reshape(-1))
     mask = mask.reshape(-1)

@@ -72,7 +72,7 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
     optimizer = make_optimizer(config.optimizer, steps)
     dropout = config.lora is not None and config.lora.dropout > 0
     where, frozen = state_shardings(policy.trainable, optimizer, mesh), policy.frozen
-    gradients = make_gradients(policy.graphdef, dropout=dropout, shardings=where)
+    gradients = make_gradients(policy.graphdef, dropout=dropout, packed=config.packing, shardings=where)
     add_gradients, apply = from_zeros(gradients, config.accumulation), make_apply(optimizer, where)
     state = initial_state(policy.trainable, optimizer, where)
     checkpoints, start = Checkpoints(directory / "checkpoints", config.run.keep), 0
@@ -115,14 +115,14 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
 
 
 def make_gradients(
-    graphdef: nnx.GraphDef, *, dropout: bool, shardings: StateShardings | None = None
+    graphdef: nnx.GraphDef, *, dropout: bool, packed: bool = True, shardings: StateShardings | None = None
 ) -> Callable[..., Any]:
     """(earlier or None, trainable, frozen, batch, key) → (summed gradients, TokenSums)."""
 
     def gradients(trainable: nnx.State, frozen: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, TokenSums]:
         def loss(trainable: nnx.State) -> tuple[Array, TokenSums]:
             model = nnx.merge(graphdef, trainable, frozen, copy=True)
-            return next_token_loss(model, batch, key if dropout else None)
+            return next_token_loss(model, batch, key if dropout else None, packed=packed)
 
         (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
         return gradients, sums

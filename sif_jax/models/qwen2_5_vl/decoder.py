@@ -111,8 +111,10 @@ class Decoder(nnx.Module):
         k: Shaped[Array, "B K T H"],
         v: Shaped[Array, "B K T H"],
         segments: Int[Array, "B T"],
+        *,
+        packed: bool = False,
     ) -> Shaped[Array, "B T N H"]:
-        return self_attention(q, k, v, segments, causal=True, backend=self.attention)
+        return self_attention(q, k, v, segments, causal=True, backend=self.attention, packed=packed)
 
     def forward(
         self,
@@ -122,6 +124,7 @@ class Decoder(nnx.Module):
         *,
         remat: Remat = "none",
         key: Key = None,
+        packed: bool = True,
     ) -> Shaped[Array, "B T D"]:
         rope = self.rope(positions)
         graphdef, layers = nnx.split(self.layers)
@@ -130,7 +133,7 @@ class Decoder(nnx.Module):
             state, key = layer
             block = nnx.merge(graphdef, state)
             q, k, v = block.qkv(hidden, rope, key)
-            return block.finish(hidden, self.causal_attention(q, k, v, segments), key), None
+            return block.finish(hidden, self.causal_attention(q, k, v, segments, packed=packed), key), None
 
         keys = layer_keys(key, self.config.num_hidden_layers)
         hidden, _ = scan_layers(body, hidden, (layers, keys), remat=remat)

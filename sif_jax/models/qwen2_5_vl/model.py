@@ -82,7 +82,9 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801  the model's published name
         shown = take_rows(features, jnp.maximum(index, 0))
         return along_rows(jnp.where((index >= 0)[..., None], shown.astype(hidden.dtype), hidden))
 
-    def hidden(self, batch: Batch, key: Key = None) -> Shaped[Array, "B L D"]:
-        """Final hidden states, normed; multiply by `head()` for logits."""
+    def hidden(self, batch: Batch, key: Key = None, *, packed: bool = True) -> Shaped[Array, "B L D"]:
+        """Final hidden states, normed; multiply by `head()` for logits. `packed` false: no row holds two examples."""
         embedded = self.embed_prompt(batch, key=key)
-        return self.decoder.forward(embedded, batch["positions"], batch["segments"], remat=self.remat, key=key)
+        return self.decoder.forward(
+            embedded, batch["positions"], batch["segments"], remat=self.remat, key=key, packed=packed
+        )
