@@ -15,7 +15,7 @@ OLDEST_DRIVER = {"cuda12": 525, "cuda13": 580}
 # Of the data sheet; a healthy card reaches 0.8 or more of its memory's, 0.6 or more of its matrix units'.
 MEMORY_SHARE, MATMUL_SHARE, LINK_SHARE = 0.6, 0.4, 0.25
 GRADIENT_TOLERANCE = 1e-3  # relative to the largest value; float32 sums in another order differ by about 1e-5
-INSTALL = "pip install -c constraints.txt -e '.[cuda12]'"
+INSTALL = "pip install -c constraints.txt -e '.[{kind}]'"
 
 
 class Problem(NamedTuple):
@@ -48,7 +48,7 @@ def diagnose(platform: str, versions: Versions, measured: Measured) -> list[Prob
 def _installation(versions: Versions) -> Iterator[Problem]:
     kinds = sorted({name.split("-")[1] for name in versions.plugins})
     if not kinds:
-        yield Problem("jax has no CUDA plugin", INSTALL)
+        yield Problem("jax has no CUDA plugin", INSTALL.format(kind="cuda12"))
     if len(kinds) > 1:
         fix = f"pip uninstall {' '.join(name for name in versions.plugins if kinds[0] in name)}"
         yield Problem(f"two CUDA plugins are installed, {' and '.join(kinds)}", fix)
@@ -57,7 +57,8 @@ def _installation(versions: Versions) -> Iterator[Problem]:
             fix = f"pip install {name}=={versions.jaxlib}"
             yield Problem(f"{name} is {version}, but jaxlib is {versions.jaxlib}", fix)
     if versions.cudnn is None:
-        yield Problem("cuDNN 9 is missing", f"{INSTALL}, which brings it; or put libcudnn.so.9 on LD_LIBRARY_PATH")
+        install = INSTALL.format(kind=kinds[0] if kinds else "cuda12")
+        yield Problem("cuDNN 9 is missing", f"{install}, which brings it; or put libcudnn.so.9 on LD_LIBRARY_PATH")
     yield from _driver(versions, kinds)
 
 
@@ -76,7 +77,7 @@ def _devices(platform: str, measured: Measured) -> Iterator[Problem]:
     if measured.failure is not None:
         yield Problem(
             f"no {platform.upper()} can be used: {measured.failure}",
-            "look at nvidia-smi, CUDA_VISIBLE_DEVICES and JAX_PLATFORMS; " + INSTALL,
+            "look at nvidia-smi, CUDA_VISIBLE_DEVICES and JAX_PLATFORMS",
         )
     elif len(set(measured.devices)) > 1:
         kinds = ", ".join(sorted(set(measured.devices)))

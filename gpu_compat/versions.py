@@ -54,7 +54,7 @@ def _after(text: str, label: str) -> str | None:
 
 def _cudnn() -> str | None:
     """The library's own answer: of the wheel if there is one, else of the system."""
-    for path in [*_wheel("cudnn", "libcudnn.so.9"), "libcudnn.so.9"]:
+    for path in [*_in_wheels("libcudnn.so.9"), "libcudnn.so.9"]:
         try:
             number = ctypes.CDLL(path).cudnnGetVersion()
         except OSError:
@@ -63,8 +63,8 @@ def _cudnn() -> str | None:
     return None
 
 
-def _wheel(package: str, library: str) -> list[str]:
+def _in_wheels(library: str) -> list[str]:
+    """NVIDIA's wheels put it into nvidia/cudnn/lib, or, as those of CUDA 13 do with the rest, into nvidia/cu13/lib."""
     spec = find_spec("nvidia")
     folders = list(spec.submodule_search_locations or []) if spec else []
-    paths = [Path(folder) / package / "lib" / library for folder in folders]
-    return [str(path) for path in paths if path.is_file()]
+    return [str(path) for folder in folders for path in sorted(Path(folder).glob(f"*/lib/{library}"))]

@@ -55,7 +55,11 @@ def test_a_machine_that_is_well_has_no_problem():
             {"plugins": {"jax-cuda12-plugin": "0.10.2", "jax-cuda13-plugin": "0.10.2"}, "driver": "590.1"},
             "two CUDA plugins are installed, cuda12 and cuda13; fix: pip uninstall jax-cuda12-plugin",
         ),
-        ({"cudnn": None}, "cuDNN 9 is missing; fix: pip install"),
+        ({"cudnn": None}, "cuDNN 9 is missing; fix: pip install -c constraints.txt -e '.[cuda12]'"),
+        (
+            {"cudnn": None, "plugins": {"jax-cuda13-plugin": "0.10.2"}, "driver": "590.1"},
+            "cuDNN 9 is missing; fix: pip install -c constraints.txt -e '.[cuda13]'",
+        ),
         ({"driver": None}, "there is no NVIDIA driver; fix: install it"),
         ({"driver": "515.105.01"}, "driver 515.105.01 is older than 525; fix: update the driver"),
         (
@@ -151,6 +155,16 @@ def test_the_driver_and_its_cuda_are_read_from_nvidia_smi(tmp_path, monkeypatch)
     assert versions._driver() == ("570.86.10", "12.8")
     fake_command(tmp_path, "nvidia-smi", "#!/bin/bash\necho 'NVIDIA-SMI has failed'; exit 9\n")
     assert versions._driver() == (None, None)
+
+
+@pytest.mark.parametrize("folder", ["cudnn", "cu13"])
+def test_the_library_is_found_in_the_wheels_of_either_cuda(folder, tmp_path, monkeypatch):
+    path = tmp_path / "nvidia" / folder / "lib" / "libof_a_test.so.9"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    assert versions._in_wheels("libof_a_test.so.9") == [str(path)]
 
 
 def test_versions_are_those_of_the_installed_packages():
