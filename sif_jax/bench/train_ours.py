@@ -30,7 +30,8 @@ from sif_jax.models.qwen2_5_vl.axes import place_parameters
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from sif_jax.models.qwen2_5_vl.lora import add_lora, linear_layers, split_trainable
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
-from sif_jax.models.qwen2_5_vl.weights import load_model, save_model
+from sif_jax.models.qwen2_5_vl.weights import abstract_model, load_model, save_model
+from sif_jax.ops.attention_backends import Backend
 from sif_jax.ops.attention_choice import choose_backend
 from sif_jax.parallel.mesh import make_mesh
 from sif_jax.parallel.placement import put_groups, shard_rows
@@ -46,13 +47,18 @@ class OurTraining:
     def __init__(self, config: TrainBenchConfig, checkpoint: Path, adapter: Path, stage: Stage) -> None:
         self._config = config
         self._mesh = make_mesh(MeshConfig())
-        self._attention = choose_backend(config.attention, config.dtype)
+        self._attention: Backend = choose_backend(config.attention, config.dtype)
         with jax.set_mesh(self._mesh):
             self._open(config, checkpoint, adapter, stage)
 
     def _open(self, config: TrainBenchConfig, checkpoint: Path, adapter: Path, stage: Stage) -> None:
         model = load_model(
-            checkpoint, dtype=config.dtype, remat=config.remat, attention=self._attention, mesh=self._mesh
+            checkpoint,
+            dtype=config.dtype,
+            remat=config.remat,
+            attention=self._attention,
+            scan_layers=config.scan_layers,
+            mesh=self._mesh,
         )
         load_adapter(model, adapter)
         place_parameters(model, self._mesh)
@@ -137,13 +143,11 @@ def grpo_config(config: TrainBenchConfig) -> GrpoConfig:
 
 def write_inputs(config: TrainBenchConfig, checkpoint: Path, adapter: Path) -> None:
     """Random weights, unless the config names some, and an adapter; both factors are random, so that each has a gradient."""
-    rngs = nnx.Rngs(params=config.seed)
+    rngs, dtype = nnx.Rngs(params=config.seed), jnp.dtype(config.dtype)
     if config.checkpoint is None:
         architecture = Qwen2_5_VLConfig.from_directory(config.architecture)
-        model = Qwen2_5_VL(architecture, param_dtype=jnp.dtype(config.dtype), rngs=rngs)
-        save_model(model, checkpoint, source=Path(config.architecture))
-    else:
-        model = load_model(checkpoint, dtype=config.dtype)
+        save_model(Qwen2_5_VL(architecture, param_dtype=dtype, rngs=rngs), checkpoint, source=Path(config.architecture))
+    model = abstract_model(Qwen2_5_VLConfig.from_directory(checkpoint), param_dtype=dtype)
     add_lora(model, **LoraConfig(rank=config.lora_rank).model_dump(), freeze_vision=True, rngs=rngs)
     _fill_second_factors(model, rngs)
     save_adapter(model, adapter, base=str(checkpoint))

@@ -71,6 +71,11 @@ class Worker:
         self.run(_open, cache, make, arguments)
         return self
 
+    def forget_programs(self) -> Worker:
+        """As in a new process, the next step traces and compiles again, with what the cache's directory holds."""
+        self.run(_forget_programs)
+        return self
+
     def step(self) -> Timed:
         return self.run(_timed_step)
 
@@ -94,6 +99,12 @@ def _timed_step() -> Timed:
     began = time.perf_counter()
     step = _engines[0].step()
     return Timed(time.perf_counter() - began, step)
+
+
+def _forget_programs() -> None:
+    import jax
+
+    jax.clear_caches()
 
 
 def _figures() -> dict[str, Any]:

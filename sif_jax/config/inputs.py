@@ -26,6 +26,10 @@ class ModelConfig(Config):
     remat: Literal["none", "full", "dots"] = Field(
         default="full", description="activations recomputed in the backward pass"
     )
+    scan_layers: bool = Field(
+        default=True,
+        description="compile one decoder layer and loop over it; false: write all out, faster on a GPU, longer to compile",
+    )
     attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
         default="auto", description="kernel of self-attention; auto: splash on TPU, cudnn on GPU where it proves right"
     )

@@ -123,6 +123,7 @@ class TrainBenchConfig(Config):
     hf_checkpointing: bool | None = Field(
         default=None, description="gradient checkpointing of transformers; null: where remat is not none"
     )
+    scan_layers: bool = Field(default=True, description="ours; see model.scan_layers")
     attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
         default="auto", description="ours; see model.attention"
     )

@@ -33,7 +33,10 @@ REMAT_POLICIES = {
 UNROLLED_LAYERS = 8
 
 
-def scan_layers(body: Callable[..., Any], carry: Any, layers: Any, *, remat: Remat = "none") -> tuple[Any, Any]:
-    """`jax.lax.scan` over the leading axis of `layers`."""
+def scan_layers(
+    body: Callable[..., Any], carry: Any, layers: Any, *, remat: Remat = "none", scan: bool = True
+) -> tuple[Any, Any]:
+    """`jax.lax.scan` over the leading axis of `layers`, or without `scan` the layers written out, however many."""
     count = jax.tree.leaves(layers)[0].shape[0]
-    return jax.lax.scan(REMAT_POLICIES[remat](body), carry, layers, unroll=count if count <= UNROLLED_LAYERS else 1)
+    unroll = 1 if scan and count > UNROLLED_LAYERS else count
+    return jax.lax.scan(REMAT_POLICIES[remat](body), carry, layers, unroll=unroll)

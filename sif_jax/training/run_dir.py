@@ -27,6 +27,7 @@ FREE_KEYS = {
     "mesh.sequence",
     "model.remat",
     "model.attention",
+    "model.scan_layers",
     "separate_layers",
     "judge.concurrency",
     "judge.timeout_s",

@@ -67,7 +67,14 @@ def open_model(config: ModelConfig, mesh: Mesh | None = None) -> Qwen2_5_VL:
     """The model of a checkpoint, its adapter beside the weights."""
     base, adapter = find_checkpoint(config)
     attention = choose_backend(config.attention, config.dtype)
-    model = load_model(base, dtype=config.dtype, remat=config.remat, attention=attention, mesh=mesh)
+    model = load_model(
+        base,
+        dtype=config.dtype,
+        remat=config.remat,
+        attention=attention,
+        scan_layers=config.scan_layers,
+        mesh=mesh,
+    )
     if adapter:
         load_adapter(model, adapter, source=str(base))
     return model

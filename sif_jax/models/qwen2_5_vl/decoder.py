@@ -96,11 +96,14 @@ def along_rows(hidden: Shaped[Array, "*batch D"]) -> Shaped[Array, "*batch D"]:
 
 
 class Decoder(nnx.Module):
-    def __init__(self, config: TextConfig, *, dtype: DTypeLike, attention: Backend, rngs: nnx.Rngs):
+    def __init__(
+        self, config: TextConfig, *, dtype: DTypeLike, attention: Backend, scan_layers: bool = True, rngs: nnx.Rngs
+    ):
         self.layers = stack(lambda rngs: DecoderLayer(config, dtype=dtype, rngs=rngs), config.num_hidden_layers, rngs)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.config = config
         self.attention: Backend = attention
+        self.scan_layers = scan_layers
 
     def rope(self, positions: Int[Array, "*batch 3"]) -> Rope:
         return mrope(positions, sections=self.config.mrope_section, theta=self.config.rope_theta)
@@ -136,7 +139,7 @@ class Decoder(nnx.Module):
             return block.finish(hidden, self.causal_attention(q, k, v, segments, packed=packed), key), None
 
         keys = layer_keys(key, self.config.num_hidden_layers)
-        hidden, _ = scan_layers(body, hidden, (layers, keys), remat=remat)
+        hidden, _ = scan_layers(body, hidden, (layers, keys), remat=remat, scan=self.scan_layers)
         return self.norm(hidden)
 
     def prefill(
@@ -182,7 +185,9 @@ class Decoder(nnx.Module):
             return (prompt, block.finish(completion, context, key)), None
 
         keys = layer_keys(key, self.config.num_hidden_layers)
-        (prompt, completion), _ = scan_layers(body, (prompt, completion), (layers, keys), remat=remat)
+        (prompt, completion), _ = scan_layers(
+            body, (prompt, completion), (layers, keys), remat=remat, scan=self.scan_layers
+        )
         return self.norm(prompt), self.norm(completion)
 
     def decode_step(

@@ -34,13 +34,14 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801  the model's published name
         compute_dtype: DTypeLike | None = None,
         remat: Remat = "none",
         attention: Backend = "xla",
+        scan_layers: bool = True,
         rngs: nnx.Rngs,
     ):
         vocab, dim = config.text.vocab_size, config.text.hidden_size
         initial = nnx.initializers.normal(0.02)
         self.vision = VisionTower(config.vision, dtype=param_dtype, attention=attention, rngs=rngs)
         self.embed_tokens = nnx.Param(initial(rngs.params(), (vocab, dim), param_dtype))
-        self.decoder = Decoder(config.text, dtype=param_dtype, attention=attention, rngs=rngs)
+        self.decoder = Decoder(config.text, dtype=param_dtype, attention=attention, scan_layers=scan_layers, rngs=rngs)
         tied = config.text.tie_word_embeddings
         self.lm_head = None if tied else nnx.Param(initial(rngs.params(), (dim, vocab), param_dtype))
         self.config = config

@@ -47,6 +47,7 @@ def abstract_model(
     compute_dtype: Any = None,
     remat: Remat = "none",
     attention: Backend = "xla",
+    scan_layers: bool = True,
 ) -> Qwen2_5_VL:
     """The model with shapes in place of arrays."""
     return nnx.eval_shape(
@@ -56,6 +57,7 @@ def abstract_model(
             compute_dtype=compute_dtype,
             remat=remat,
             attention=attention,
+            scan_layers=scan_layers,
             rngs=nnx.Rngs(params=0),
         )
     )
@@ -67,6 +69,7 @@ def load_model(
     dtype: str = "float32",
     remat: Remat = "none",
     attention: Backend = "xla",
+    scan_layers: bool = True,
     mesh: Mesh | None = None,
 ) -> Qwen2_5_VL:
     """Read a Hugging Face directory (one or several safetensors files) into a model, born split over the mesh.
@@ -78,7 +81,9 @@ def load_model(
     config = Qwen2_5_VLConfig.from_directory(directory)
     if mesh is not None:
         check_heads(config, mesh, directory)
-    graphdef, state = nnx.split(abstract_model(config, param_dtype=jnp.dtype(dtype), remat=remat, attention=attention))
+    graphdef, state = nnx.split(
+        abstract_model(config, param_dtype=jnp.dtype(dtype), remat=remat, attention=attention, scan_layers=scan_layers)
+    )
     tensors, flat = checkpoint_tensors(config, state), nnx.to_flat_state(state)
     shardings = {path: mesh and parameter_sharding(mesh, path, leaf.shape) for path, leaf in flat}
     parameters = {path: _Parameter(tensors[path], leaf.shape, leaf.dtype, shardings[path]) for path, leaf in flat}
