@@ -3,16 +3,17 @@
 import itertools
 import json
 import re
+import time
 
 import numpy as np
 import pytest
 
 from sif_jax.errors import InputError
-from sif_jax.parallel.distributed import read_environment
+from sif_jax.parallel.distributed import own_run, read_environment
+from sif_jax.parallel.job import Failure, Silence
 from sif_jax.training.accounts import share_of_account
-from sif_jax.training.exchange import own_run
-from tests.processes import finish, start
-from tests.tiny_run import measured, tiny_files, weights
+from tests.processes import ends, finish, start
+from tests.tiny_run import measured, records_of, tiny_files, weights, write_rows
 
 # SGD-like: with a large eps Adam's update is proportional to the gradient, so that errors are not blown up.
 SGD = ["optimizer.eps=1.0", "optimizer.learning_rate=1.0"]
@@ -84,6 +85,79 @@ def test_a_coordinator_that_never_answers_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("stage", "steps"),
+    [pytest.param("sft", 2, id="sft"), pytest.param("grpo", 2, id="grpo", marks=pytest.mark.slow)],
+)
+def test_a_process_whose_rows_show_no_image_trains_what_one_process_does(tmp_path, stage, steps):
+    settings = [*inputs(stage), *SGD, f"max_steps={steps}", "lora={rank: 2}"]
+    outputs = finish(start(stage, tmp_path / "many", 2, *settings, TEXT_ONLY="1"))
+    finish(start(stage, tmp_path / "one", 1, *settings, devices=2, TEXT_ONLY="1"))
+    assert [set(re.findall(r"patches (\d)", output)) for output in outputs] == [{"1"}, {"0"}]
+    assert_same_run(tmp_path / "one/run", tmp_path / "many/run")
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "devices"),
+    [
+        pytest.param(2, ["data.limit=5", "batch_size=4"], 1, id="2 processes, 5 questions in batches of 4"),
+        pytest.param(2, ["mesh.tensor=2", "batch_size=2"], 2, id="2 processes of 2 devices", marks=pytest.mark.slow),
+        pytest.param(4, ["mesh.fsdp=4", "data.limit=3"], 1, id="4 processes, 3 questions", marks=pytest.mark.slow),
+        pytest.param(2, ["data.on_error=skip", "batch_size=6"], 1, id="skipped rows", marks=pytest.mark.slow),
+    ],
+)
+def test_processes_evaluate_as_one_does(tmp_path, count, options, devices):
+    rows = records_of("test")
+    if "data.on_error=skip" in options:
+        rows[1]["image"] = "none.png"
+    data = [
+        f"model.path={tiny_files() / 'model'}",
+        f"data.path={write_rows(tmp_path / 'rows.json', rows)}",
+        f"data.image_root={tiny_files() / 'scenes'}",
+    ]
+    many = start("eval", tmp_path / "many", count, *data, *options, devices=devices)
+    alone = start("eval", tmp_path / "one", 1, *data, *(each for each in options if "mesh" not in each))
+    finish(many)
+    finish(alone)
+    for name in ("samples.jsonl", "summary.json"):
+        assert (tmp_path / "many/run" / name).read_text() == (tmp_path / "one/run" / name).read_text()
+
+
+FAULTS = {
+    "image@1": "error: not an image",
+    "image@0": "error: not an image",
+    "bug@1": "KeyError: 'a bug'",
+    "kill@1": "",
+    "disk@0": "cannot write a checkpoint (File too large); the earlier ones are intact",
+    "disk@1": "cannot write a checkpoint (File too large); the earlier ones are intact",
+}
+FAST = ["image@1", "kill@1"]
+
+
+@pytest.mark.parametrize(
+    "fault", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAULTS]
+)
+def test_where_one_process_fails_in_the_middle_of_a_run_all_end_with_its_reason(tmp_path, fault):
+    options = [*inputs("sft"), "max_steps=40", "lora={rank: 2}", "run.save_every=2"]
+    index, told = int(fault[-1]), FAULTS[fault]
+    codes, outputs = ends(start("sft", tmp_path, 2, *options, FAULT=fault))
+    ended, failed, other = time.time(), outputs[index], outputs[1 - index]
+    (struck,) = re.findall(r"^struck ([\d.]+)", failed, re.MULTILINE)
+    assert ended - float(struck) < 60, "a few seconds, where nothing else runs"
+    assert codes[1 - index] == (1 if fault[:4] in ("kill", "bug@") else 2)
+    assert codes[index] == (-9 if fault == "kill@1" else codes[1 - index])
+    assert told in failed
+    (line,) = re.findall(r"^error: .*$", other, re.MULTILINE)
+    assert line.startswith(
+        f"error: process {index} failed: {told.removeprefix('error: ') or 'it ended without a word'}"
+    )
+    assert "Traceback" not in other
+    if fault in FAST:
+        return
+    kept = [path.name for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()]
+    finish(start("sft", tmp_path, 1, *options[:-1], f"max_steps={max(map(int, kept), default=0) + 1}", devices=2))
+
+
+@pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"SIF_JAX_PROCESS_ID": ""}, "SIF_JAX_PROCESS_ID is not set"),
@@ -96,6 +170,22 @@ def test_a_coordinator_that_never_answers_is_one_line(tmp_path, monkeypatch):
 def test_half_an_environment_is_refused(changes, told):
     with pytest.raises(InputError, match=told):
         read_environment(JOB | changes)
+
+
+def test_a_process_is_silent_when_it_has_said_nothing_new_for_too_long():
+    silence = Silence(2, 10, now=0)
+    assert silence.failure({0: "1"}, now=9) is None
+    assert silence.failure({0: "2", 1: "1"}, now=10) is None
+    assert silence.failure({0: "3", 1: "1"}, now=20) is None
+    process, reason, code = silence.failure({0: "4", 1: "1"}, now=21)
+    assert (process, code) == (1, 1)
+    assert "silent for 10 s" in reason
+
+
+def test_a_failure_is_one_line_that_names_its_process():
+    failure = Failure(1, "a.png: not\nan image", 2)
+    assert failure.on(1) == "a.png: not an image"
+    assert failure.on(0) == "process 1 failed: a.png: not an image"
 
 
 def test_the_environment_says_what_to_join():

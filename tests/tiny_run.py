@@ -1,6 +1,7 @@
 """A tiny random model, a dozen scenes and the configs of runs on them, that every test of a whole run shares."""
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -41,7 +42,9 @@ STAGE = {
 
 @cache
 def tiny_files() -> Path:
-    """A folder with `model` and `scenes/{sft,grpo,test}.json`; not to be changed."""
+    """A folder with `model` and `scenes/{sft,grpo,test}.json`; not to be changed. A process that a test starts is told of it."""
+    if "TINY_FILES" in os.environ:
+        return Path(os.environ["TINY_FILES"])
     root = Path(mkdtemp(prefix="sif-jax-run-"))
     config = load_config(DemoConfig, None, DEMO)
     scenes = _build_scenes(config, root / "scenes")
