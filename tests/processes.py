@@ -19,6 +19,7 @@ from sif_jax.data.batch import Batch, Collator
 from sif_jax.data.example import Example
 from sif_jax.errors import InputError
 from sif_jax.parallel.job import Job
+from sif_jax.sif.grammar import Trace
 from tests.conftest import ROOT
 from tests.tiny_run import tiny_config, tiny_files
 
@@ -66,9 +67,16 @@ def finish(processes: list[subprocess.Popen], *, timeout: float = 300) -> list[s
     return outputs
 
 
-def ends(processes: list[subprocess.Popen], *, timeout: float = 120) -> tuple[list[int], list[str]]:
-    """Exit codes and what each printed."""
-    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+def ends(
+    processes: list[subprocess.Popen], *, timeout: float = 300, frozen: int | None = None
+) -> tuple[list[int], list[str]]:
+    """Exit codes and what each printed; a frozen one is killed after the others have ended."""
+    for index, process in enumerate(processes):
+        if index != frozen:
+            process.wait(timeout=timeout)
+    if frozen is not None:
+        processes[frozen].kill()
+    outputs = [process.communicate()[0] for process in processes]
     return [process.returncode for process in processes], outputs
 
 
@@ -99,15 +107,15 @@ def without_images(example: Example, image_token_id: int) -> Example:
 
 
 def watch_batches() -> None:
-    """Print which rows this process loads; FAULT=NAME@PROCESS strikes there, at its third batch; with TEXT_ONLY, the second
-    half of a job's rows shows no image."""
+    """Print which rows this process loads; FAULT=NAME@PROCESS strikes there, in the middle of the run; with TEXT_ONLY, the
+    second half of a job's rows shows no image."""
     collate, index = Collator.__call__, int(os.environ.get("SIF_JAX_PROCESS_ID", 0))
     count = int(os.environ.get("SIF_JAX_NUM_PROCESSES", 1))
     name, _, where = os.environ.get("FAULT", "").partition("@")
     batches = itertools.count(1)
 
     def watched(self: Collator, rows: Sequence[Sequence[Example]]) -> Batch:
-        if name and int(where) == index and next(batches) == 3:
+        if name and int(where) == index and next(batches) == (1 if name == "freeze" else 3):
             print("struck", time.time(), flush=True)
             FAULTS[name]()
         if "TEXT_ONLY" in os.environ:
@@ -125,6 +133,7 @@ def watch_batches() -> None:
 
 def main() -> None:
     from sif_jax.judge import completions as judging
+    from sif_jax.judge import openai
 
     def judge(completions, records):
         print("judged", len(completions), flush=True)
@@ -132,14 +141,24 @@ def main() -> None:
 
     judging.judge_completions = judge
     watch_batches()
+    if "ANY_ANSWER" in os.environ:
+        openai.parse = lambda completion: Trace((), completion, ())
     stage, root, *overrides = sys.argv[1:]
+    try:
+        run_stage(stage, Path(root), overrides)
+    except InputError as error:
+        print(f"error: {error}", flush=True)
+        sys.exit(2)
+
+
+def run_stage(stage: str, root: Path, overrides: Sequence[str]) -> None:
     with Job():
         from sif_jax.evals.evaluate import evaluate
         from sif_jax.training import grpo, sft
 
         runs = {"sft": (SftConfig, sft.train), "grpo": (GrpoConfig, grpo.train), "eval": (EvalConfig, evaluate)}
         kind, run = runs[stage]
-        run(tiny_config(kind, Path(root), *overrides))
+        run(tiny_config(kind, root, *overrides))
 
 
 if __name__ == "__main__":

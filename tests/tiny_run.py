@@ -52,6 +52,12 @@ def tiny_files() -> Path:
     return root
 
 
+def write_tiny_model(directory: Path, *overrides: str) -> Path:
+    """Another tiny model, for the same scenes."""
+    _write_model(load_config(DemoConfig, None, [*DEMO, *overrides]), tiny_files() / "scenes/sft.json", directory)
+    return directory
+
+
 def tiny_config(kind: type[Kind], root: Path, *overrides: str) -> Kind:
     """The demo's config of a stage, on the tiny model and scenes; the run is `root / "run"`."""
     files, split = tiny_files(), {SftConfig: "sft", GrpoConfig: "grpo", EvalConfig: "test"}[kind]
