@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sif_jax.errors import InputError
-from sif_jax.parallel.distributed import own_run, read_environment
+from sif_jax.parallel.distributed import heartbeat_timeout_s, own_run, read_environment
 from sif_jax.parallel.job import Failure, Silence
 from sif_jax.training.accounts import share_of_account
 from tests.judge_server import says, serve
@@ -228,6 +228,13 @@ def test_a_failure_is_one_line_that_names_its_process():
     failure = Failure(1, "a.png: not\nan image", 2)
     assert failure.on(1) == "a.png: not an image"
     assert failure.on(0) == "process 1 failed: a.png: not an image"
+
+
+def test_the_environment_says_how_long_a_process_may_be_silent():
+    assert heartbeat_timeout_s({}) == 100
+    assert heartbeat_timeout_s({"SIF_JAX_HEARTBEAT_TIMEOUT_S": "20"}) == 20
+    with pytest.raises(InputError, match="wrong value of SIF_JAX_HEARTBEAT_TIMEOUT_S; got 'soon'; expected a whole"):
+        heartbeat_timeout_s({"SIF_JAX_HEARTBEAT_TIMEOUT_S": "soon"})
 
 
 def test_the_environment_says_what_to_join():

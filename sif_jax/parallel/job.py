@@ -59,7 +59,7 @@ class Job:
             self._watch.start()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         if self._watch is None:
             return
@@ -143,8 +143,8 @@ class _Watch(threading.Thread):
 
     def fail(self, error: BaseException | None) -> None:
         """Tell all processes, and end this one."""
-        self._stopped.set()
         failure = self._own_failure(error)
+        self._stopped.set()
         self._store.publish(failure)
         self._leave(failure)
 
@@ -161,7 +161,7 @@ class _Watch(threading.Thread):
         return self._cause(error)
 
     def _cause(self, error: BaseException) -> Failure:
-        """A collective breaks on every process when one is gone: the reason is then that one's."""
+        """A collective breaks on every process when one is gone: the reason is then that one's. Meanwhile this one lives on."""
         own = f"{type(error).__name__}: {error}"
         try:
             before, until = self._store.beats(), time.monotonic() + SETTLE_S
