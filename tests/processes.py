@@ -59,23 +59,25 @@ def start(
     return started
 
 
-def finish(processes: list[subprocess.Popen], *, timeout: float = 300) -> list[str]:
+def finish(processes: list[subprocess.Popen], *, timeout: float = 900) -> list[str]:
     """What each printed; all must end well."""
-    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-6000:]
+    codes, outputs = ends(processes, timeout=timeout)
+    for code, output in zip(codes, outputs, strict=True):
+        assert code == 0, output[-6000:]
     return outputs
 
 
 def ends(
-    processes: list[subprocess.Popen], *, timeout: float = 300, frozen: int | None = None
+    processes: list[subprocess.Popen], *, timeout: float = 900, frozen: int | None = None
 ) -> tuple[list[int], list[str]]:
-    """Exit codes and what each printed; a frozen one is killed after the others have ended."""
-    for index, process in enumerate(processes):
-        if index != frozen:
-            process.wait(timeout=timeout)
-    if frozen is not None:
-        processes[frozen].kill()
+    """Exit codes and what each printed; a frozen one is killed after the others have ended, and none is left behind."""
+    try:
+        for index, process in enumerate(processes):
+            if index != frozen:
+                process.wait(timeout=timeout)
+    finally:
+        for process in processes:
+            process.kill()
     outputs = [process.communicate()[0] for process in processes]
     return [process.returncode for process in processes], outputs
 
