@@ -155,11 +155,11 @@ def sft(config: SftConfig, dry_run: bool) -> None:
         rows = _report_inputs(config.run, config.model.path, config.data)
         _report_steps(rows, config.epochs, config.batch_size * config.accumulation, config.max_steps)
         return
-    from sif_jax.parallel.distributed import start_processes
+    from sif_jax.parallel.job import Job
     from sif_jax.training.sft import train
 
-    start_processes()
-    click.echo(train(config))
+    with Job():
+        click.echo(train(config))
 
 
 @_command(main, "grpo", GrpoConfig)
@@ -176,11 +176,11 @@ def grpo(config: GrpoConfig, dry_run: bool) -> None:
         rows = _report_inputs(config.run, config.model.path, config.data)
         _report_steps(rows, config.epochs, config.prompts_per_step, config.max_steps)
         return
-    from sif_jax.parallel.distributed import start_processes
+    from sif_jax.parallel.job import Job
     from sif_jax.training.grpo import train
 
-    start_processes()
-    click.echo(train(config))
+    with Job():
+        click.echo(train(config))
 
 
 @_command(main, "eval", EvalConfig)
@@ -195,8 +195,10 @@ def eval_(config: EvalConfig, dry_run: bool) -> None:
         _report_inputs(config.run, config.model.path, config.data)
         return
     from sif_jax.evals.evaluate import evaluate
+    from sif_jax.parallel.job import Job
 
-    click.echo(evaluate(config))
+    with Job():
+        click.echo(evaluate(config))
 
 
 @_command(main, "ablate", AblationConfig)

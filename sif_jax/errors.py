@@ -8,6 +8,8 @@ from pathlib import Path
 class InputError(ValueError):
     """Bad input: says the file, the row, the value met, what was expected and the fix. The CLI prints it and exits with 2."""
 
+    shared = False  # raised by every process of a job at the same point
+
     def __init__(
         self,
         problem: str,

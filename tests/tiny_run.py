@@ -1,6 +1,7 @@
 """A tiny random model, a dozen scenes and the configs of runs on them, that every test of a whole run shares."""
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -41,12 +42,20 @@ STAGE = {
 
 @cache
 def tiny_files() -> Path:
-    """A folder with `model` and `scenes/{sft,grpo,test}.json`; not to be changed."""
+    """A folder with `model` and `scenes/{sft,grpo,test}.json`; not to be changed. A process that a test starts is told of it."""
+    if "TINY_FILES" in os.environ:
+        return Path(os.environ["TINY_FILES"])
     root = Path(mkdtemp(prefix="sif-jax-run-"))
     config = load_config(DemoConfig, None, DEMO)
     scenes = _build_scenes(config, root / "scenes")
     _write_model(config, scenes["sft"], root / "model")
     return root
+
+
+def write_tiny_model(directory: Path, *overrides: str) -> Path:
+    """Another tiny model, for the same scenes."""
+    _write_model(load_config(DemoConfig, None, [*DEMO, *overrides]), tiny_files() / "scenes/sft.json", directory)
+    return directory
 
 
 def tiny_config(kind: type[Kind], root: Path, *overrides: str) -> Kind:

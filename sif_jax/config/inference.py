@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from sif_jax.config.inputs import DataConfig, ModelConfig, PromptConfig, TruncationConfig, check_images_fit
+from sif_jax.config.mesh import MeshConfig
 from sif_jax.config.section import Config
 from sif_jax.config.training import RunName
 from sif_jax.errors import InputError
@@ -27,6 +28,7 @@ class EvalConfig(Config):
     target: Literal["cot", "answer"] = Field(
         default="cot", description="what the model was trained to write; answer: the whole completion is the answer"
     )
+    mesh: MeshConfig = MeshConfig()
 
     @model_validator(mode="after")
     def _images_fit(self) -> EvalConfig:

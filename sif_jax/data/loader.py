@@ -21,8 +21,9 @@ class Loader(Iterator[Batch]):
     """Batches in an order fixed by `seed`; every epoch is shuffled anew, and batches run on across epochs.
 
     `epochs=None` never ends; otherwise the last batch is filled up with rows of padding. Of `num_shards` loaders, each
-    yields its own run of rows of every batch, the same rows whatever their number. It encodes these alone, unless the place
-    of an example depends on those before it, packed or skipped: then it encodes all and yields its own.
+    yields its own run of rows of every batch, the same rows whatever their number, and all yield as many batches. It encodes
+    these alone, unless the place of an example depends on those before it, packed or skipped: then it encodes all and yields
+    its own.
 
     `get_state()` is plain JSON and the same on every shard, in examples of the whole stream; after `set_state()` on an equal
     loader, or on one of another number of shards, the same batches follow. `skipped` maps the index
@@ -58,7 +59,10 @@ class Loader(Iterator[Batch]):
             indices = indices.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
         stream = indices.repeat(epochs)
         self._rows_kept, self._drawn_elsewhere = collate.rows_of(shard, num_shards), 1
+        self._given, self._at_least = 0, 0  # batches
         if num_shards > 1 and not (pack or on_error == "skip"):
+            if epochs is not None:  # the last batches may have no row for this shard
+                self._at_least = -(-num_records * epochs // collate.batch_size)
             self._collate = collate = dataclasses.replace(collate, batch_size=collate.batch_size // num_shards)
             stream = _RunOfRows(stream, shard, num_shards, collate.batch_size)
             self._rows_kept, self._drawn_elsewhere = slice(None), num_shards
@@ -74,6 +78,7 @@ class Loader(Iterator[Batch]):
         own = {name: count // self._drawn_elsewhere for name, count in state.items()}
         self._stream.set_state(dict(own))
         self._next_state, self._pending = own, None
+        self._given = own["next_index"] // self._collate.batch_size
 
     def __next__(self) -> Batch:
         filler = RowFiller(self._collate, pack=self._pack)
@@ -82,8 +87,9 @@ class Loader(Iterator[Batch]):
             self._next_state = self._stream.get_state()
             example = self._draw()
         self._pending = example
-        if not filler.rows:
+        if not filler.rows and self._given >= self._at_least:
             raise StopIteration
+        self._given += 1
         return self._collate(filler.rows).rows(self._rows_kept)
 
     def _draw(self) -> Example | None:

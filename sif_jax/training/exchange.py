@@ -1,36 +1,18 @@
-"""What the processes of a GRPO run tell each other: prompts, judgements and scores, exact to the bit (io)."""
+"""What the processes of a GRPO run tell each other: judgements and scores, exact to the bit (io)."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from sif_jax.parallel.distributed import gather_bytes, gather_json
-from sif_jax.parallel.placement import Shard
 from sif_jax.rewards.scoring import Scores
-
-
-def together_ids(records: Sequence[tuple[int, ...]], shard: Shard) -> Int[np.ndarray, " P"]:
-    """The record of every prompt of the step, from the rows that each process loaded."""
-    own = [index for (index,) in records]
-    if shard.count == 1:
-        return np.array(own)
-    by_shard = {index: ids for index, ids in gather_json((shard.index, own))}  # processes may hold the same rows
-    return np.array([index for part in range(shard.count) for index in by_shard[part]])
-
-
-def own_run(count: int) -> slice:
-    """The completions that this process judges: equal runs, the first ones longer where they do not divide."""
-    runs = np.array_split(np.arange(count), jax.process_count())
-    ends = np.cumsum([len(run) for run in runs])
-    index = jax.process_index()
-    return slice(int(ends[index] - len(runs[index])), int(ends[index]))
 
 
 def gather_judgements(

@@ -14,12 +14,12 @@ from sif_jax.config import GrpoConfig
 from sif_jax.data.feed import Feed
 from sif_jax.judge import Judge, Judged, JudgeStoppedError
 from sif_jax.models.qwen2_5_vl.chat import ChatProcessor
-from sif_jax.parallel.distributed import raise_together
+from sif_jax.parallel.distributed import own_run, raise_together
 from sif_jax.rewards.advantages import advantages
 from sif_jax.rewards.scoring import Scores, score
 from sif_jax.rollout.engine import Rollout
 from sif_jax.rollout.text import decode_rollout
-from sif_jax.training.exchange import gather_judgements, own_run
+from sif_jax.training.exchange import gather_judgements
 
 TERMS = ("format", "answer", "bbox", "depth", "total")
 

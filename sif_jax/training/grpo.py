@@ -24,7 +24,7 @@ from sif_jax.config import GrpoConfig
 from sif_jax.data.feed import open_feed
 from sif_jax.judge import Judge, JudgeStoppedError, open_judge
 from sif_jax.models.qwen2_5_vl.model import Batch
-from sif_jax.parallel.distributed import data_shard, is_first
+from sif_jax.parallel.distributed import data_shard, gather_rows, is_first
 from sif_jax.parallel.mesh import make_mesh
 from sif_jax.parallel.placement import WHOLE, put_groups, shard_groups, split_by_prompts
 from sif_jax.progress import Progress
@@ -34,7 +34,6 @@ from sif_jax.rollout.schedule import Usage
 from sif_jax.training.accounts import share_of_account, share_of_caps, whole_account
 from sif_jax.training.checkpoint import Checkpoints
 from sif_jax.training.drift import SamplerDrift, sampler_drift
-from sif_jax.training.exchange import together_ids
 from sif_jax.training.feedback import Feedback, reward_rollout, submit_rollout
 from sif_jax.training.groups import Completions, Groups, join_rows, split_rows, to_learn
 from sif_jax.training.metrics import open_log, padding
@@ -122,7 +121,7 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
     for step in range(start, steps):
         times, loader_before = [time.monotonic()], feed.loader.get_state()
         prompts = next(feed.loader)
-        ids = together_ids(prompts.records, shard)
+        ids = gather_rows([index for (index,) in prompts.records], shard)
         keys = sample_keys(config.run.seed, step, ids, config.num_samples)
         batch, _ = shard_groups(prompts.arrays, keys, mesh, by_prompts=by_prompts, shard=shard)
         rollout, features, usage = sample(policy, (state.trainable, frozen), batch, keys, config)

@@ -49,6 +49,7 @@ class MetricsLog:
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+            self._board.flush()  # another process may end this one
         if self._wandb:
             self._wandb.log(values, step=step)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from sif_jax.config import TrainConfig, dump_config, flat_config, load_config
 from sif_jax.errors import InputError
-from sif_jax.parallel.distributed import check_processes_agree, is_first, raise_together
+from sif_jax.parallel.distributed import by_first, check_processes_agree
 
 # What a resumed run may change without becoming another run.
 FREE_KEYS = {
@@ -50,23 +49,9 @@ def open_run_together(config: TrainConfig) -> Path:
     Raises:
       InputError: on every process, where one of them has a reason.
     """
-    check_processes_agree(flat_config(config) | {"code": code_digest()})
-    problem = None
-    if is_first():
-        try:
-            open_run(config)
-        except InputError as error:
-            problem = error
-    raise_together(problem)
+    check_processes_agree(flat_config(config))
+    by_first(lambda: open_run(config))
     return config.run.directory
-
-
-def code_digest() -> str:
-    """Of every source file of this package."""
-    root = Path(__file__).parents[1]
-    files = sorted(root.rglob("*.py"))
-    text = b"".join(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() for file in files)
-    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def open_run(config: TrainConfig) -> Path:
