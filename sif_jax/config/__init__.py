@@ -15,7 +15,15 @@ from sif_jax.config.studies import (
     RewardsBenchConfig,
     VariantConfig,
 )
-from sif_jax.config.training import LoraConfig, OptimizerConfig, RunConfig, RunName, SftConfig, TrainConfig
+from sif_jax.config.training import (
+    KeepBestConfig,
+    LoraConfig,
+    OptimizerConfig,
+    RunConfig,
+    RunName,
+    SftConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "AblationConfig",
@@ -31,6 +39,7 @@ __all__ = [
     "GrpoConfig",
     "HacksBenchConfig",
     "JudgeConfig",
+    "KeepBestConfig",
     "LoraConfig",
     "MeshConfig",
     "ModelConfig",

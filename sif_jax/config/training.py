@@ -79,6 +79,14 @@ class RunName(Config):
         return Path(self.root) / self.name
 
 
+class KeepBestConfig(Config):
+    metric: str = Field(
+        description="a metric of metrics.jsonl; its mean since the checkpoint before is what a checkpoint is ranked by"
+    )
+    mode: Literal["max", "min"] = Field(description="which values are good")
+    count: PositiveInt = Field(default=1, description="best checkpoints kept, beside the newest")
+
+
 class RunConfig(RunName):
     resume: Literal["auto", "never", "must"] = Field(
         default="auto", description="auto: continue a run that exists; never: refuse one; must: refuse to start afresh"
@@ -86,6 +94,7 @@ class RunConfig(RunName):
     log_every: PositiveInt = Field(default=1, description="steps between lines of metrics.jsonl")
     save_every: PositiveInt = Field(default=100, description="steps between checkpoints")
     keep: PositiveInt = Field(default=3, description="newest checkpoints kept")
+    keep_best: KeepBestConfig | None = Field(default=None, description="null: the newest checkpoints alone")
     samples_every: PositiveInt | None = Field(
         default=50, description="GRPO: steps between tables of completions with their traces drawn; null: none"
     )
