@@ -23,18 +23,25 @@ SAME_NUMBERS = {  # as in conftest
 
 def start(config: Path, *, hook: str = "", count: int = 1, devices: int = 1) -> list[subprocess.Popen]:
     """`hook` is WHERE:NUMBER:SIGNAL, such as save:2:SIGKILL: what the first process sends itself when it is there."""
-    job = {"SIF_JAX_COORDINATOR": f"127.0.0.1:{free_port()}", "SIF_JAX_NUM_PROCESSES": str(count)} if count > 1 else {}
+    hooks = [hook, *[""] * (count - 1)]
+    return start_together("tests.resumable_run", [[str(config), each] for each in hooks], devices)
+
+
+def start_together(module: str, arguments: list[list[str]], devices: int) -> list[subprocess.Popen]:
+    """A process for each list of arguments, joined to one job, with so many simulated devices each."""
+    count, address = len(arguments), f"127.0.0.1:{free_port()}"
+    job = {"SIF_JAX_COORDINATOR": address, "SIF_JAX_NUM_PROCESSES": str(count)} if count > 1 else {}
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.resumable_run", str(config), hook if index == 0 else ""],
+            [sys.executable, "-m", module, *own],
             env=os.environ | SAME_NUMBERS | flags | job | ({"SIF_JAX_PROCESS_ID": str(index)} if job else {}),
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for index in range(count)
+        for index, own in enumerate(arguments)
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -81,7 +81,7 @@ class RunName(Config):
 
 class KeepBestConfig(Config):
     metric: str = Field(
-        description="a metric of metrics.jsonl; its mean since the checkpoint before is what a checkpoint is ranked by"
+        description="what checkpoints are ranked by: the mean of this metric since the one before, such as loss or reward/total"
     )
     mode: Literal["max", "min"] = Field(description="which values are good")
     count: PositiveInt = Field(default=1, description="best checkpoints kept, beside the newest")
@@ -105,6 +105,8 @@ class RunConfig(RunName):
 class TrainConfig(Config):
     """What SFT and GRPO share."""
 
+    RANKS: ClassVar[tuple[str, ...]] = ()  # the metrics that say how good weights are
+
     run: RunConfig
     model: ModelConfig
     lora: LoraConfig | None = Field(default=None, description="null: full fine-tune")
@@ -126,12 +128,25 @@ class TrainConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _checkpoints_are_ranked_by_what_is_measured(self) -> TrainConfig:
+        best = self.run.keep_best
+        if best is not None and best.metric not in self.RANKS:
+            raise InputError(
+                "run.keep_best.metric is not a metric that checkpoints are ranked by",
+                value=best.metric,
+                expected=f"one of {', '.join(self.RANKS)}",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _images_fit(self) -> TrainConfig:
         check_images_fit(self.model, self.prompt, self.data.buckets)
         return self
 
 
 class SftConfig(TrainConfig):
+    RANKS = ("loss", "token_accuracy", "grad_norm")
+
     target: Literal["cot", "answer"] = Field(
         default="cot", description="train on the chain of thought, or the bare answer"
     )
