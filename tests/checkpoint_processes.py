@@ -57,7 +57,7 @@ def fail_in_this_process(what: str) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, -1))
         return
 
-    def full(directory):
+    def full(*args, **settings):
         raise OSError(28, "No space left on device")
 
     setattr(checkpoint, {"commit": "write_checksums", "restore": "_read_arrays"}[what], full)

@@ -1,15 +1,17 @@
 """Exact resume: a run that is killed, or told to end, at any moment ends as one that never was, bit for bit."""
 
 import random
+import re
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sif_jax.config import GrpoConfig, SftConfig, config_text
 from tests.resumable_run import start
-from tests.tiny_run import assert_same_weights, measured, tiny_config
+from tests.tiny_run import assert_same_weights, measured, tiny_config, weights
 
 KINDS = {"sft": SftConfig, "grpo": GrpoConfig}
 KILLS = 20
@@ -29,15 +31,15 @@ def ended(processes, timeout: float = 900) -> list[str]:
     return outputs
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    """Metrics, samples, weights and checkpoints' names; nothing half-written lies about."""
+def assert_same_run(one: Path, other: Path, *patterns: str) -> None:
+    """Metrics, samples, weights and, as nothing half-written may lie about, the names of what matches the patterns."""
     assert [row["step"] for row in measured(one)] == list(range(len(measured(one))))
     assert measured(one) == measured(other)
     assert_same_weights(one, other)
-    for pattern in ("samples/*", "checkpoints/*"):
-        files, others = ({path.name: path for path in run.glob(pattern)} for run in (one, other))
-        assert files.keys() == others.keys()
-        assert all(path.is_dir() or path.read_bytes() == others[name].read_bytes() for name, path in files.items())
+    for pattern in ("samples/*", *patterns):
+        assert {path.name for path in one.glob(pattern)} == {path.name for path in other.glob(pattern)}
+    for file in one.glob("samples/*"):
+        assert file.read_bytes() == (other / "samples" / file.name).read_bytes()
 
 
 def wait_for_ready(process) -> bool:
@@ -46,8 +48,11 @@ def wait_for_ready(process) -> bool:
 
 
 def wait_for_lines(file: Path, more: int, process) -> None:
-    before = file.read_text().count("\n")
-    while file.read_text().count("\n") < before + more and process.poll() is None:
+    def count() -> int:
+        return file.read_text().count("\n") if file.exists() else 0
+
+    before = count()
+    while count() < before + more and process.poll() is None:
         time.sleep(0.002)
 
 
@@ -80,7 +85,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path, stage, most_ste
     lives = [kill_at_random(config, rng, most_steps) for _ in range(KILLS)]
     print(f"{stage}: {KILLS} kills after {', '.join(f'{life:.2f}' for life in lives)} s")
     ended(start(config))
-    assert_same_run(tmp_path / "killed/run", tmp_path / "never/run")
+    assert_same_run(tmp_path / "killed/run", tmp_path / "never/run", "*", "checkpoints/*")
 
 
 KILL_POINTS = [
@@ -112,7 +117,7 @@ def test_a_kill_in_the_middle_changes_nothing(tmp_path, never_killed, stage, hoo
     assert process.returncode == -signal.SIGKILL, output[-4000:]
     assert not (tmp_path / stage / "run/model").exists()
     ended(start(config))
-    assert_same_run(tmp_path / stage / "run", never_killed[stage])
+    assert_same_run(tmp_path / stage / "run", never_killed[stage], "checkpoints/*")
 
 
 @pytest.mark.parametrize(
@@ -132,3 +137,48 @@ def test_a_sigterm_saves_and_ends_with_zero_and_the_same_command_resumes(tmp_pat
     assert not (run / "model").exists()
     ended(start(config))
     assert_same_run(run, never_killed[stage])
+
+
+# SGD-like: with a large eps Adam's update is proportional to the gradient, so that errors are not blown up.
+SGD = ["optimizer.eps=1.0", "optimizer.learning_rate=1.0", "run.save_every=1000"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "hook", "options"),
+    [
+        ("sft", "log:3:SIGTERM", ["max_steps=150", "mesh.fsdp=2"]),
+        ("grpo", "rollout:3:SIGTERM", ["max_steps=30", "data.limit=4"]),
+    ],
+)
+def test_processes_agree_where_they_stop_and_another_number_of_them_goes_on(tmp_path, stage, hook, options):
+    """The signal goes to one of two; on one device the run then continues as it would have."""
+    config, run = written(stage, tmp_path / "two", *SGD, *options), tmp_path / "two/run"
+    outputs = ended(start(config, hook=hook, count=2))
+    steps = [re.findall(r"is saved before step (\d+); run the same command to resume", output) for output in outputs]
+    assert steps[0] == steps[1]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == steps[0]
+    assert 0 < int(steps[0][0]) < 30
+    assert not (run / "model").exists()
+
+    alone = [*SGD, *options, "mesh.fsdp=1"]
+    ended(start(written(stage, tmp_path / "two", *alone)))
+    ended(start(written(stage, tmp_path / "one", *alone)))
+    for ours, theirs in zip(measured(run), measured(tmp_path / "one/run"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+    expected = weights(tmp_path / "one/run")
+    for name, value in weights(run).items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_processes_stop_with_the_same_line_at_a_step_that_is_not_finite(tmp_path):
+    config = written("sft", tmp_path, "max_steps=9", "optimizer.learning_rate=1.0e+38", "run.save_every=1")
+    processes = start(config, count=2)
+    outputs = [process.communicate(timeout=900)[0] for process in processes]
+    errors = [re.findall(r"^error: .*$", output, re.MULTILINE) for output in outputs]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert errors[0] == errors[1]
+    assert "step 1 is not finite (loss nan, grad_norm nan) with rows " in errors[0][0]
+    names = {path.name for path in (tmp_path / "run/nonfinite/step-1").iterdir()}
+    assert names == {"report.json", "batch-0-process-0.npz", "batch-0-process-1.npz"}

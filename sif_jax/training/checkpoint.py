@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -164,8 +164,9 @@ class Checkpoints:
             self._saver.wait_until_finished()
         for step in dropped if is_first() else []:
             doomed = self.directory / f"{step}{TMP}-dropped"  # a kill in the middle must not leave half a checkpoint
-            (self.directory / str(step)).rename(doomed)
-            shutil.rmtree(doomed)
+            with suppress(OSError):  # what stays is too much, not wrong
+                (self.directory / str(step)).rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
     def _seal(self) -> None:
         """In the background of the first process, before the directory gets its name."""

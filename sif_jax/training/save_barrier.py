@@ -6,6 +6,7 @@ import itertools
 
 import orbax.checkpoint as ocp
 
+TIMEOUT_MS = 1_200_000  # as Orbax's own: what the slowest process may need for its part
 NUMBERS = itertools.count()  # of the barriers that a process has made, which are the same on all
 
 
@@ -38,4 +39,4 @@ class SaveBarrier:
         self._given_up = True
         if failed:
             self._number += 1
-            self._wait(key=f"{self._name}_{self._number}", timeout_ms=60_000)
+            self._wait(key=f"{self._name}_{self._number}", timeout_ms=TIMEOUT_MS)

@@ -114,13 +114,12 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
                 gathered = add_gradients(gathered, state.trainable, frozen, batch, jax.random.fold_in(key, micro))
             gradients, sums = gathered
             state, norm = apply(state, gradients, sums.tokens)
-            metrics = _metrics(jax.block_until_ready(sums), norm, time.monotonic() - began) | {
-                "learning_rate": float(jnp.asarray(rate(step)))
-            }
+            metrics = _metrics(jax.block_until_ready(sums), norm, time.monotonic() - began)
             tensors = {"gradients": gradients, "weights": state.trainable}
             check_finite(step, {name: metrics[name] for name in ("loss", "grad_norm")}, batches, tensors)
             if (step + 1) % config.run.log_every == 0:
-                log.log(step, metrics | padding(batches[-1].waste))
+                shown = {"learning_rate": float(jnp.asarray(rate(step))), **padding(batches[-1].waste)}
+                log.log(step, metrics | shown)
                 progress.advance(config.run.log_every, loss=metrics["loss"])
                 best.add(metrics)
             if (step + 1) % config.run.save_every == 0 or step + 1 == steps:
