@@ -13,6 +13,7 @@ from flax import nnx
 
 from sif_jax.config import GrpoConfig, SftConfig
 from sif_jax.errors import InputError
+from sif_jax.judge import completions as judging
 from sif_jax.training import grpo, sft
 from sif_jax.training.checkpoint import Checkpoints
 from sif_jax.training.metrics import read_metrics
@@ -20,6 +21,7 @@ from sif_jax.training.nonfinite import read_batch
 from sif_jax.training.optimizer import make_optimizer
 from sif_jax.training.policy_files import open_policy
 from sif_jax.training.state import initial_state, make_apply
+from tests.processes import opinion
 from tests.tiny_run import tiny_config, tiny_files
 
 # The first update makes weights that are finite and too large for anything to be computed with them.
@@ -66,7 +68,9 @@ def test_a_step_of_sft_that_is_not_finite_is_told_with_its_rows_and_can_be_repla
     assert len(bad) == len(report["nonfinite"]["gradients"])
 
 
-def test_a_step_of_grpo_that_is_not_finite_is_told_with_its_rows_and_what_was_sampled(tmp_path):
+def test_a_step_of_grpo_that_is_not_finite_is_told_with_its_rows_and_what_was_sampled(tmp_path, monkeypatch):
+    scores = lambda *both: np.array([opinion(*pair) for pair in zip(*both, strict=True)])  # noqa: E731
+    monkeypatch.setattr(judging, "judge_completions", scores)
     told, dump, report = stopped(GrpoConfig, grpo.train, tmp_path)
     assert f"scenes/grpo.json: step 1 is not finite (loss nan, grad_norm nan) with rows {report['rows'][0][0]}" in told
     batch = read_batch(dump / "batch-0.npz")
