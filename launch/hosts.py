@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.plan import Plan, Process
-from launch.script import quote, tied_to_input, worker_script
+from launch.script import PREEMPTED_ENV, quote, tied_to_input, worker_script
 from launch.target import LocalTarget, NodeTarget, SshTarget
 from sif_jax.errors import InputError
 
@@ -32,7 +32,7 @@ def plan_local(target: LocalTarget, words: Sequence[str]) -> Plan:
         Process(
             f"process {index}",
             _argv(target, words),
-            cpu | join_env(f"127.0.0.1:{target.port}", target.processes, index) | target.env,
+            PREEMPTED_ENV | cpu | join_env(f"127.0.0.1:{target.port}", target.processes, index) | target.env,
         )
         for index in range(target.processes)
     )
@@ -43,7 +43,7 @@ def plan_local(target: LocalTarget, words: Sequence[str]) -> Plan:
 def plan_node(target: NodeTarget, words: Sequence[str]) -> Plan:
     """One process drives every GPU, so nobody has to be found."""
     first = {} if target.gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(target.gpus)))}
-    process = Process("this machine", _argv(target, words), first | target.env)
+    process = Process("this machine", _argv(target, words), PREEMPTED_ENV | first | target.env)
     return Plan(f"node: one process, {target.gpus or 'all'} GPUs", (), (process,), target.restarts)
 
 

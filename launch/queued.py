@@ -72,7 +72,8 @@ def _remote(script: str) -> str:
     return quote(f"bash -c {quote(script)}")
 
 
-# Exit code 2 of the program is bad input, which a second try meets again; gcloud passes the code of a worker on. A pod that is
+# Exit code 2 of the program is bad input, which a second try meets again; 75, a run that was preempted, is tried again as
+# failures are. gcloud passes the code of a worker on. A pod that is
 # still ACTIVE after a failure is used again. Whatever happens, the queued resource is deleted in the end, and with it the bill.
 LOOP = """wait_until_active() {
   while :; do

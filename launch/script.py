@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-STOP_GRACE_S = 30  # between SIGTERM and SIGKILL
+from sif_jax.errors import PREEMPTED_EXIT_CODE
+
+STOP_GRACE_S = 120  # between SIGTERM and SIGKILL, as on the clusters: time to save
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: a run that saved itself and is not finished; by hand it ends with 0
+PREEMPTED_ENV = {PREEMPTED_EXIT_CODE: str(PREEMPTED)}
 
 
 def worker_script(
@@ -14,6 +18,7 @@ def worker_script(
     """Lines for `bash -c`; every word of `argv` and every value reaches the program as it is."""
     lines = ["set -euo pipefail"]
     lines += [] if workdir is None else [f"cd {quote_path(workdir)}"]
+    env = PREEMPTED_ENV | dict(env)
     lines += [*setup, *(f"export {name}={quote(value)}" for name, value in env.items())]
     return "\n".join([*lines, f"exec {join(argv)}"]) + "\n"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launch.plan import File, Plan, Process
-from launch.script import STOP_GRACE_S
+from launch.script import PREEMPTED, STOP_GRACE_S
 from sif_jax.errors import InputError
 
 POLL_S = 0.1
@@ -32,6 +32,8 @@ class Failure(NamedTuple):
     code: int
 
     def __str__(self) -> str:
+        if self.code == PREEMPTED:
+            return f"{self.name} was preempted, its state is saved"
         how = f"ended by signal {-self.code}" if self.code < 0 else f"exited with {self.code}"
         return f"{self.name} {how}" + ("; ssh itself failed" if self.code == 255 else "")
 

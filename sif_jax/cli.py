@@ -33,7 +33,7 @@ from sif_jax.config import (
     describe,
     load_config,
 )
-from sif_jax.errors import InputError
+from sif_jax.errors import PREEMPTED_EXIT_CODE, InputError, PreemptedError
 from sif_jax.parallel.host_memory import keep_freed_memory
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -46,6 +46,9 @@ class _Group(click.Group):
         except InputError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
+        except PreemptedError as stop:
+            click.echo(str(stop), err=True)
+            ctx.exit(int(os.environ.get(PREEMPTED_EXIT_CODE, "0")))
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(130)

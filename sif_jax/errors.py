@@ -1,8 +1,10 @@
-"""The one error a user's input can cause, as one clear line (pure)."""
+"""What ends a command early: a user's input, as one clear line, or the cluster (pure)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+PREEMPTED_EXIT_CODE = "SIF_JAX_PREEMPTED_EXIT_CODE"
 
 
 class InputError(ValueError):
@@ -30,3 +32,7 @@ class InputError(ValueError):
         if fix:
             clauses.append(f"fix: {fix}")
         super().__init__("; ".join(clauses).replace("\n", " "))
+
+
+class PreemptedError(Exception):
+    """The run was told to end and saved itself. The CLI prints it and exits with 0, or SIF_JAX_PREEMPTED_EXIT_CODE."""

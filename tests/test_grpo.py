@@ -66,8 +66,8 @@ def visits(monkeypatch):
     """(prompt ids, previous means, feedback) of every rollout."""
     seen, original = [], grpo.reward_rollout
 
-    def watched(submitted, feed, previous_means, config):
-        result = original(submitted, feed, previous_means, config)
+    def watched(submitted, feed, previous_means, config, **settings):
+        result = original(submitted, feed, previous_means, config, **settings)
         seen.append((submitted.indices[:: config.num_samples], np.array(previous_means), result))
         return result
 

@@ -83,6 +83,7 @@ def test_the_dry_run_of_two_local_processes_reads_so(tmp_path, capsys):
     )
     one, two = (
         f"""# --- starts process {index}
+SIF_JAX_PREEMPTED_EXIT_CODE=75 \\
 JAX_PLATFORMS=cpu \\
 XLA_FLAGS=--xla_force_host_platform_device_count=4 \\
 SIF_JAX_COORDINATOR=127.0.0.1:8476 \\

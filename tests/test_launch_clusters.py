@@ -11,6 +11,7 @@ import yaml
 from launch.cli import PLANNERS
 from launch.gke import job_set
 from launch.plan import File
+from launch.script import PREEMPTED_ENV
 from launch.target import load_target
 from sif_jax.errors import InputError
 from tests.launch_targets import COMMAND, ROOT, fake_command, fake_path, probe, probed, write_target
@@ -67,15 +68,15 @@ def run_batch(tmp_path: Path, code: int, requeues: int = 0) -> tuple[subprocess.
 
 @pytest.mark.parametrize(
     ("code", "requeues", "ends_with", "told"),
-    [(0, 0, 0, ""), (2, 0, 2, ""), (1, 0, 0, "requeue 77\n"), (143, 1, 0, "requeue 77\n"), (1, 2, 1, "")],
-    ids=["done", "bad input", "failure", "time limit", "no restarts left"],
+    [(0, 0, 0, ""), (2, 0, 2, ""), (1, 0, 0, "requeue 77\n"), (75, 1, 0, "requeue 77\n"), (1, 2, 1, "")],
+    ids=["done", "bad input", "failure", "saved before the time limit", "no restarts left"],
 )
 def test_a_slurm_job_goes_back_to_the_queue_unless_it_is_done_or_its_input_is_bad(
     code, requeues, ends_with, told, tmp_path
 ):
     done, (probe_of,), asked = run_batch(tmp_path, code, requeues)
     assert (done.returncode, asked) == (ends_with, told), done.stderr
-    assert probe_of == {"argv": list(WORDS), "env": {"SIF_JAX_DISTRIBUTED": "auto"}}
+    assert probe_of == {"argv": list(WORDS), "env": {"SIF_JAX_DISTRIBUTED": "auto", **PREEMPTED_ENV}}
 
 
 def test_a_slurm_task_keeps_all_gpus_of_its_node_where_jax_would_take_one(tmp_path):
@@ -140,7 +141,7 @@ def test_words_come_through_yaml_kubernetes_and_bash_as_they_were(tmp_path):
     done = subprocess.run(list(map(expanded, container["command"])), capture_output=True, text=True, check=True)
     assert done.stdout.startswith("set up\n")
     assert probed(done.stdout) == [
-        {"argv": list(WORDS), "env": {"SIF_JAX_DISTRIBUTED": "auto", "SIF_JAX_NOTE": "$(x) $$ 'y'"}}
+        {"argv": list(WORDS), "env": {"SIF_JAX_DISTRIBUTED": "auto", "SIF_JAX_NOTE": "$(x) $$ 'y'", **PREEMPTED_ENV}}
     ]
 
 

@@ -109,6 +109,14 @@ def test_when_one_process_fails_the_others_are_stopped_and_only_bad_input_is_not
     assert not alive(int((tmp_path / "probe.py.0").read_text()))
 
 
+def test_processes_that_were_preempted_are_started_again_though_nothing_failed(tmp_path):
+    body = FAIL_AT_ONE.replace("CODE", "int(os.environ['SIF_JAX_PREEMPTED_EXIT_CODE'])")
+    done = launch(write_target(tmp_path, "local", program=probe(tmp_path, body), restarts=1))
+    assert done.returncode == 75
+    assert done.stderr.count("error: process 1 was preempted, its state is saved") == 2
+    assert "starting again, 1 restart(s) left" in done.stderr
+
+
 def test_a_launcher_that_is_ended_ends_what_it_started(tmp_path):
     program = probe(tmp_path, FAIL_AT_ONE.replace('== "1"', '== "9"'))
     command = [sys.executable, ROOT / "launch" / "run.py", write_target(tmp_path, "local", program=program), *COMMAND]

@@ -16,7 +16,15 @@ from sif_jax.config.studies import (
     TrainBenchConfig,
     VariantConfig,
 )
-from sif_jax.config.training import LoraConfig, OptimizerConfig, RunConfig, RunName, SftConfig, TrainConfig
+from sif_jax.config.training import (
+    KeepBestConfig,
+    LoraConfig,
+    OptimizerConfig,
+    RunConfig,
+    RunName,
+    SftConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "AblationConfig",
@@ -32,6 +40,7 @@ __all__ = [
     "GrpoConfig",
     "HacksBenchConfig",
     "JudgeConfig",
+    "KeepBestConfig",
     "LoraConfig",
     "MeshConfig",
     "ModelConfig",

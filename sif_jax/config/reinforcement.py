@@ -171,6 +171,18 @@ class ObjectiveConfig(Config):
 
 
 class GrpoConfig(TruncationConfig, TrainConfig):
+    RANKS = (
+        *(f"reward/{term}" for term in ("total", "format", "answer", "bbox", "depth")),
+        "judge",
+        "hiou_last",
+        "loss",
+        "grad_norm",
+        "entropy",
+        "completion_length",
+        "truncated",
+        "groups_without_signal",
+    )
+
     prompts_per_step: PositiveInt = Field(default=2, description="prompts per rollout, over the whole job")
     micro_batch: PositiveInt = Field(default=1, description="prompts per forward pass; divides prompts_per_step")
     num_samples: int = Field(default=8, ge=2, description="completions per prompt (the group's size N)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -79,6 +79,14 @@ class RunName(Config):
         return Path(self.root) / self.name
 
 
+class KeepBestConfig(Config):
+    metric: str = Field(
+        description="what checkpoints are ranked by: the mean of this metric since the one before, such as loss or reward/total"
+    )
+    mode: Literal["max", "min"] = Field(description="which values are good")
+    count: PositiveInt = Field(default=1, description="best checkpoints kept, beside the newest")
+
+
 class RunConfig(RunName):
     resume: Literal["auto", "never", "must"] = Field(
         default="auto", description="auto: continue a run that exists; never: refuse one; must: refuse to start afresh"
@@ -86,6 +94,7 @@ class RunConfig(RunName):
     log_every: PositiveInt = Field(default=1, description="steps between lines of metrics.jsonl")
     save_every: PositiveInt = Field(default=100, description="steps between checkpoints")
     keep: PositiveInt = Field(default=3, description="newest checkpoints kept")
+    keep_best: KeepBestConfig | None = Field(default=None, description="null: the newest checkpoints alone")
     samples_every: PositiveInt | None = Field(
         default=50, description="GRPO: steps between tables of completions with their traces drawn; null: none"
     )
@@ -95,6 +104,8 @@ class RunConfig(RunName):
 
 class TrainConfig(Config):
     """What SFT and GRPO share."""
+
+    RANKS: ClassVar[tuple[str, ...]] = ()  # the metrics that say how good weights are
 
     run: RunConfig
     model: ModelConfig
@@ -117,12 +128,25 @@ class TrainConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _checkpoints_are_ranked_by_what_is_measured(self) -> TrainConfig:
+        best = self.run.keep_best
+        if best is not None and best.metric not in self.RANKS:
+            raise InputError(
+                "run.keep_best.metric is not a metric that checkpoints are ranked by",
+                value=best.metric,
+                expected=f"one of {', '.join(self.RANKS)}",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _images_fit(self) -> TrainConfig:
         check_images_fit(self.model, self.prompt, self.data.buckets)
         return self
 
 
 class SftConfig(TrainConfig):
+    RANKS = ("loss", "token_accuracy", "grad_norm")
+
     target: Literal["cot", "answer"] = Field(
         default="cot", description="train on the chain of thought, or the bare answer"
     )

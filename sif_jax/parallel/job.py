@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from jax.errors import JaxRuntimeError
 
-from sif_jax.errors import InputError
+from sif_jax.errors import InputError, PreemptedError
 from sif_jax.parallel.distributed import coordination, heartbeat_timeout_s, start_processes
 
 FAILURE, BEATS, HEARD, END = "sif_jax/failure", "sif_jax/beats", "sif_jax/heard", "sif_jax/end"
@@ -48,7 +48,7 @@ class Job:
 
     A block that raises on one process ends this process and all others with one line each, nonzero, within seconds; a process
     that is killed or hangs ends the others when it has been silent for SIF_JAX_HEARTBEAT_TIMEOUT_S. What every
-    process raises alike (`InputError.shared`) leaves the block as usual. Of one process it does nothing.
+    process raises alike (`InputError.shared`, a preemption) leaves the block as usual. Of one process it does nothing.
     """
 
     def __enter__(self) -> None:
@@ -63,7 +63,8 @@ class Job:
     ) -> None:
         if self._watch is None:
             return
-        together = error is None or isinstance(error, SystemExit) or (isinstance(error, InputError) and error.shared)
+        alike = isinstance(error, SystemExit | PreemptedError) or (isinstance(error, InputError) and error.shared)
+        together = error is None or alike
         if not (together and self._watch.all_end()):
             self._watch.fail(error)
 

@@ -9,7 +9,7 @@ a rollout stays on the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,6 +74,7 @@ def generate(
     decode_text: Decode | None = None,
     usage: Usage | None = None,
     separate: bool | None = None,
+    between: Callable[[], None] | None = None,
 ) -> Rollout:
     """Continue each prompt of a batch (one prompt per row, padded on the right) M times.
 
@@ -106,6 +107,7 @@ def generate(
         decode_text=decode_text,
         usage=usage,
         separate=separate,
+        between=between,
     )
     return _collect(ended, (prompts, samples, sampling.max_new_tokens), pad_id)
 
@@ -121,11 +123,13 @@ def stream(
     decode_text: Decode | None = None,
     usage: Usage | None = None,
     separate: bool | None = None,
+    between: Callable[[], None] | None = None,
 ) -> Iterator[Task]:
     """Completions as they end. Units are taken one by one, when there is room for their prompts.
 
     `separate` holds each layer's weights, for the time of the rollout, as arrays of their own: a second copy of the decoder,
-    where XLA would copy each layer out of its stack at every step; None: on CPU and GPU, where it would.
+    where XLA would copy each layer out of its stack at every step; None: on CPU and GPU, where it would. `between` is called
+    before every run of decoding steps; what it raises ends the rollout.
     """
     if sampling.stop and decode_text is None:
         raise InputError("stop strings need the text", value=sampling.stop, fix="give decode_text")
@@ -143,6 +147,8 @@ def stream(
             queue.advance()
         if pool is None or schedule.idle:
             return
+        if between is not None:
+            between()
         plan = schedule.plan(more=queue.next is not None)
         if cache is None:
             cache = programs.empty_cache(text, len(plan.rows.tokens), plan.ring, dtype, separate=separate)

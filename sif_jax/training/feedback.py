@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -14,13 +14,14 @@ from sif_jax.config import GrpoConfig
 from sif_jax.data.feed import Feed
 from sif_jax.judge import Judge, Judged, JudgeStoppedError
 from sif_jax.models.qwen2_5_vl.chat import ChatProcessor
-from sif_jax.parallel.distributed import own_run, raise_together
+from sif_jax.parallel.distributed import gather_json, own_run, raise_together
 from sif_jax.rewards.advantages import advantages
 from sif_jax.rewards.scoring import Scores, score
 from sif_jax.rollout.engine import Rollout
 from sif_jax.rollout.text import decode_rollout
 from sif_jax.training.exchange import gather_judgements
 
+POLL_S = 0.5
 TERMS = ("format", "answer", "bbox", "depth", "total")
 
 
@@ -95,15 +96,22 @@ def submit_rollout(
 
 
 def reward_rollout(
-    submitted: Submitted, feed: Feed, previous_means: Float[np.ndarray, " P"], config: GrpoConfig
+    submitted: Submitted,
+    feed: Feed,
+    previous_means: Float[np.ndarray, " P"],
+    config: GrpoConfig,
+    *,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Feedback:
     """Wait for the judge, and score every completion against its prompt's record.
+
+    `meanwhile` is called every now and then, as often on every process; what it raises ends the wait.
 
     Raises:
       JudgeStoppedError: judging cannot go on.
     """
     own, samples = submitted.own, config.num_samples
-    judged, counters = _wait_together(submitted.judged)
+    judged, counters = _wait_together(submitted.judged, meanwhile)
     indices = submitted.indices[own]
     scores = score(
         submitted.completions[own],
@@ -125,12 +133,16 @@ def reward_rollout(
     return Feedback(submitted.completions, datasets, judged.reshape(-1, samples), scores, earned, counters)
 
 
-def _wait_together(judged: Future[Judged]) -> Judged:
+def _wait_together(judged: Future[Judged], meanwhile: Callable[[], None] | None) -> Judged:
     """The own judgements, once every process has its own.
 
     Raises:
       JudgeStoppedError: on every process, where judging cannot go on for one of them.
     """
+    while not all(gather_json(judged.done())):
+        if meanwhile is not None:
+            meanwhile()
+        wait([judged], timeout=POLL_S)
     try:
         result, stopped = judged.result(), None
     except JudgeStoppedError as error:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
-from functools import reduce
+from contextlib import ExitStack, closing
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, Shaped
 
-from sif_jax.config import GrpoConfig
+from sif_jax.config import GrpoConfig, flat_config
 from sif_jax.data.feed import open_feed
+from sif_jax.errors import PreemptedError
 from sif_jax.judge import Judge, JudgeStoppedError, open_judge
 from sif_jax.models.qwen2_5_vl.model import Batch
 from sif_jax.parallel.distributed import data_shard, gather_rows, is_first
@@ -37,15 +38,19 @@ from sif_jax.training.drift import SamplerDrift, sampler_drift
 from sif_jax.training.feedback import Feedback, reward_rollout, submit_rollout
 from sif_jax.training.groups import Completions, Groups, join_rows, split_rows, to_learn
 from sif_jax.training.metrics import open_log, padding
+from sif_jax.training.nonfinite import FiniteCheck
 from sif_jax.training.objective import PolicyLoss, policy_loss
 from sif_jax.training.optimizer import learning_rate, make_optimizer
 from sif_jax.training.policy import completion_logprobs
-from sif_jax.training.policy_files import Policy, check_finite, export_policy, open_policy
+from sif_jax.training.policy_files import Policy, export_policy, open_policy
+from sif_jax.training.preemption import Preemption
 from sif_jax.training.reference import Reference, reference_logprobs, reference_of
+from sif_jax.training.retention import MeanScore
 from sif_jax.training.run_dir import open_run_together
 from sif_jax.training.samples import SampleLog
 from sif_jax.training.state import (
     StateShardings,
+    TrainState,
     accumulate,
     from_zeros,
     initial_state,
@@ -103,82 +108,101 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
     apply = make_apply(optimizer, where)
     state = initial_state(policy.trainable, optimizer, where)
     reference = reference_of(policy.graphdef, state.trainable, frozen) if config.objective.kl_beta else None
-    previous_means, start = np.full(len(feed.records), np.nan, np.float32), 0
-    checkpoints = Checkpoints(directory / "checkpoints", config.run.keep)
-    if checkpoints.latest() is not None:
-        start, saved, host = checkpoints.restore(None, {"state": state, "previous_means": previous_means})
-        state, previous_means = saved["state"], saved["previous_means"]
-        feed.loader.set_state(host["loader"])
-        judge.set_state(share_of_account(host["judge"]))
-    log = open_log(directory, config.run, start_step=start)
-    samples = SampleLog(directory, config, feed, log)
-    progress = Progress("grpo", steps, start=start, shown=is_first())
+    previous_means = np.full(len(feed.records), np.nan, np.float32)
+    best, check_finite = MeanScore(config.run.keep_best), FiniteCheck(config, feed)
 
-    def save(step: int, loader: dict[str, int]) -> None:
-        arrays = {"state": state, "previous_means": previous_means}
-        checkpoints.save(step, arrays=arrays, host={"loader": loader, "judge": whole_account(judge)})
+    with ExitStack() as stack:
+        preemption = stack.enter_context(Preemption(directory))
+        checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", config.run.keep, config.run.keep_best))
+        start = checkpoints.latest() or 0
+        if checkpoints.latest() is not None:
+            _, saved, host = checkpoints.restore(None, {"state": state, "previous_means": previous_means})
+            state, previous_means = saved["state"], saved["previous_means"]
+            feed.loader.set_state(host["loader"])
+            best.set_state(host["best"])
+            judge.set_state(share_of_account(host["judge"]))
+        log = stack.enter_context(closing(open_log(directory, config.run, start_step=start)))
+        progress = stack.enter_context(closing(Progress("grpo", steps, start=start, shown=is_first())))
+        samples = SampleLog(directory, config, feed, log)
 
-    for step in range(start, steps):
-        times, loader_before = [time.monotonic()], feed.loader.get_state()
-        prompts = next(feed.loader)
-        ids = gather_rows([index for (index,) in prompts.records], shard)
-        keys = sample_keys(config.run.seed, step, ids, config.num_samples)
-        batch, _ = shard_groups(prompts.arrays, keys, mesh, by_prompts=by_prompts, shard=shard)
-        rollout, features, usage = sample(policy, (state.trainable, frozen), batch, keys, config)
-        times.append(time.monotonic())
+        def save(step: int, loader: dict[str, int], score: float | None) -> None:
+            host = {"loader": loader, "best": best.get_state(), "judge": whole_account(judge)}
+            arrays = {"state": state, "previous_means": previous_means}
+            checkpoints.save(step, arrays=arrays, host=host | {"config": flat_config(config)}, score=score)
 
-        submitted = submit_rollout(judge, rollout, feed, ids, policy.processor)
-        completions = to_learn(batch, features, rollout, config).on_mesh(mesh, by_prompts=by_prompts)
-        reference_logps = refer(reference, completions, config)
-        try:
-            feedback = reward_rollout(submitted, feed, previous_means[ids], config)
-        except JudgeStoppedError:
-            if checkpoints.latest() != step:
-                save(step, loader_before)
-            raise
-        previous_means[ids] = feedback.means_after(previous_means[ids])
-        times.append(time.monotonic())
+        for step in range(start, steps):
+            times, loader_before, check = [time.monotonic()], feed.loader.get_state(), partial(preemption.check, step)
+            try:  # until the first update the step can be given up, and done again from what is saved here
+                check()
+                prompts = next(feed.loader)
+                ids = gather_rows([index for (index,) in prompts.records], shard)
+                keys = sample_keys(config.run.seed, step, ids, config.num_samples)
+                batch, _ = shard_groups(prompts.arrays, keys, mesh, by_prompts=by_prompts, shard=shard)
+                rollout, features, usage = sample(policy, (state.trainable, frozen), batch, keys, config, between=check)
+                times.append(time.monotonic())
 
-        valid = feedback.scores.valid.reshape(rollout.lengths.shape)
-        earned = (put_groups(x, mesh, by_prompts=by_prompts) for x in (feedback.advantages, valid))
-        groups = Groups(completions, reference_logps, *earned)
-        updates = []
-        for _ in range(config.updates_per_rollout):
-            gathered: Any = None
-            key = jax.random.fold_in(jax.random.key(config.run.seed), state.step)
-            for part, rows in enumerate(split_rows(groups, config.micro_batch)):
-                gathered = add_gradients(gathered, state.trainable, frozen, rows, jax.random.fold_in(key, part))
-            gradients, sums = gathered
-            state, norm = apply(state, gradients, sums.policy.count)
-            updates.append(sums)
-        jax.block_until_ready(state)
-        times.append(time.monotonic())
+                submitted = submit_rollout(judge, rollout, feed, ids, policy.processor)
+                completions = to_learn(batch, features, rollout, config).on_mesh(mesh, by_prompts=by_prompts)
+                reference_logps = refer(reference, completions, config)
+                feedback = reward_rollout(submitted, feed, previous_means[ids], config, meanwhile=check)
+                times.append(time.monotonic())
 
-        metrics = _metrics(feedback, rollout, updates, config) | {
-            "grad_norm": float(norm),
-            "learning_rate": float(jnp.asarray(rate(step * config.updates_per_rollout))),
-            **padding(prompts.waste),
-            "padding/row_steps": 1 - usage.share,
-        }
-        check_finite(metrics["loss"], step=step, file=directory)
-        samples.log(step, ids, rollout, feedback)
-        if (step + 1) % config.run.log_every == 0:
-            log.log(step, metrics | _rates(times, int(rollout.lengths.sum())))
-        progress.advance(reward=metrics["reward/total"], length=metrics["completion_length"])
-        if (step + 1) % config.run.save_every == 0 or step + 1 == steps:
-            save(step + 1, feed.loader.get_state())
+                valid = feedback.scores.valid.reshape(rollout.lengths.shape)
+                earned = (put_groups(x, mesh, by_prompts=by_prompts) for x in (feedback.advantages, valid))
+                groups = Groups(completions, reference_logps, *earned)
+                gathered = sum_gradients(add_gradients, state, frozen, groups, config, between=check)
+            except (JudgeStoppedError, PreemptedError):
+                save(step, loader_before, best.value)
+                checkpoints.finish()
+                raise
+            updates, norm = [], jnp.zeros(())
+            while len(updates) < config.updates_per_rollout and jnp.isfinite(norm):
+                if updates:
+                    gathered = sum_gradients(add_gradients, state, frozen, groups, config)
+                gradients, sums = gathered
+                state, norm = apply(state, gradients, sums.policy.count)
+                updates.append(sums)
+            previous_means[ids] = feedback.means_after(previous_means[ids])
+            jax.block_until_ready(state)
+            times.append(time.monotonic())
 
-    for open_file in (log, progress, checkpoints):
-        open_file.close()
-    feed.report_skipped()
-    export_policy(policy, state.trainable, directory)
+            metrics = _metrics(feedback, rollout, updates, config) | {
+                "grad_norm": float(norm),
+                "learning_rate": float(jnp.asarray(rate(step * config.updates_per_rollout))),
+                **padding(prompts.waste),
+                "padding/row_steps": 1 - usage.share,
+            }
+            seen = prompts._replace(arrays=prompts.arrays | _dumped(rollout, feedback))
+            tensors = {"gradients": gradients, "weights": state.trainable}
+            check_finite(step, {name: metrics[name] for name in ("loss", "grad_norm")}, [seen], tensors)
+            samples.log(step, ids, rollout, feedback)
+            best.add(metrics)
+            if (step + 1) % config.run.log_every == 0:
+                log.log(step, metrics | _rates(times, int(rollout.lengths.sum())))
+            progress.advance(reward=metrics["reward/total"], length=metrics["completion_length"])
+            if (step + 1) % config.run.save_every == 0 or step + 1 == steps:
+                save(step + 1, feed.loader.get_state(), best.take())
+
+        checkpoints.finish()
+        preemption.check(steps)
+        feed.report_skipped()
+        export_policy(policy, state.trainable, directory)
     return directory
 
 
 def sample(
-    policy: Policy, states: tuple[nnx.State, ...], batch: Batch, keys: Key[Array, "P M"], config: GrpoConfig
+    policy: Policy,
+    states: tuple[nnx.State, ...],
+    batch: Batch,
+    keys: Key[Array, "P M"],
+    config: GrpoConfig,
+    *,
+    between: Callable[[], None] | None = None,
 ) -> tuple[Rollout, Shaped[Array, "P I D"], Usage]:
-    """N completions of every prompt, the image features they saw, and how well the rows were used."""
+    """N completions of every prompt, the image features they saw, and how well the rows were used.
+
+    `between` is called while the rollout is under way; what it raises ends it.
+    """
     processor, mesh = policy.processor, jax.sharding.get_abstract_mesh()
     sampling = Sampling(
         max_new_tokens=config.max_new_tokens,
@@ -205,6 +229,7 @@ def sample(
         decode_text=processor.decode,
         usage=usage,
         separate=config.separate_layers,
+        between=between,
     )
     return rollout, features, usage
 
@@ -218,6 +243,25 @@ def refer(reference: Reference | None, completions: Completions, config: GrpoCon
         for rows in split_rows(completions, config.micro_batch)
     ]
     return join_rows(parts)
+
+
+def sum_gradients(
+    add_gradients: Callable[..., tuple[nnx.State, Sums]],
+    state: TrainState,
+    frozen: nnx.State,
+    groups: Groups,
+    config: GrpoConfig,
+    *,
+    between: Callable[[], None] | None = None,
+) -> tuple[nnx.State, Sums]:
+    """Over the micro-batches of a rollout; `between` is called before each."""
+    gathered: Any = None
+    key = jax.random.fold_in(jax.random.key(config.run.seed), state.step)
+    for part, rows in enumerate(split_rows(groups, config.micro_batch)):
+        if between is not None:
+            between()
+        gathered = add_gradients(gathered, state.trainable, frozen, rows, jax.random.fold_in(key, part))
+    return gathered
 
 
 def make_gradients(
@@ -282,6 +326,11 @@ def _metrics(feedback: Feedback, rollout: Rollout, updates: Sequence[Sums], conf
             "truncated": float(1 - rollout.finished.mean()),
         }
     )
+
+
+def _dumped(rollout: Rollout, feedback: Feedback) -> dict[str, Any]:
+    """What a step that is not finite was computed from, beside its prompts."""
+    return {f"rollout_{name}": value for name, value in rollout._asdict().items()} | {"advantages": feedback.advantages}
 
 
 def _rates(times: Sequence[float], tokens: int) -> dict[str, float]:

@@ -100,14 +100,3 @@ def write_adapter(policy: Policy, model: Qwen2_5_VL, directory: Path, *, replace
     with new_directory(directory, replace=replace) as partial:
         write_lora(model, partial, base=str(base))
         policy.processor.image_processor.save(partial, trained=True)
-
-
-def check_finite(loss: float, *, step: int, file: Path) -> None:
-    """Stop on NaN or infinity, which no later step can mend."""
-    if not abs(loss) < float("inf"):
-        raise InputError(
-            f"the loss of step {step} is {loss}",
-            file=file,
-            expected="a finite number",
-            fix="lower optimizer.learning_rate; the last checkpoint is intact",
-        )

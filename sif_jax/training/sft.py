@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from sif_jax.config import SftConfig
+from sif_jax.config import SftConfig, flat_config
 from sif_jax.data.feed import open_feed
+from sif_jax.errors import PreemptedError
 from sif_jax.models.qwen2_5_vl.model import Batch
 from sif_jax.parallel.distributed import data_shard, is_first
 from sif_jax.parallel.mesh import make_mesh
@@ -25,9 +27,12 @@ from sif_jax.parallel.placement import check_rows, shard_rows
 from sif_jax.progress import Progress
 from sif_jax.training.checkpoint import Checkpoints
 from sif_jax.training.metrics import open_log, padding
+from sif_jax.training.nonfinite import FiniteCheck
 from sif_jax.training.optimizer import learning_rate, make_optimizer
 from sif_jax.training.policy import TokenSums, next_token_loss
-from sif_jax.training.policy_files import check_finite, export_policy, open_policy
+from sif_jax.training.policy_files import export_policy, open_policy
+from sif_jax.training.preemption import Preemption
+from sif_jax.training.retention import MeanScore
 from sif_jax.training.run_dir import open_run_together
 from sif_jax.training.state import (
     StateShardings,
@@ -75,42 +80,55 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
     gradients = make_gradients(policy.graphdef, dropout=dropout, packed=config.packing, shardings=where)
     add_gradients, apply = from_zeros(gradients, config.accumulation), make_apply(optimizer, where)
     state = initial_state(policy.trainable, optimizer, where)
-    checkpoints, start = Checkpoints(directory / "checkpoints", config.run.keep), 0
-    if checkpoints.latest() is not None:
-        start, saved, host = checkpoints.restore(None, {"state": state})
-        state = saved["state"]
-        feed.loader.set_state(host["loader"])
-    log = open_log(directory, config.run, start_step=start)
-    progress, rate = Progress("sft", steps, start=start, shown=is_first()), learning_rate(config.optimizer, steps)
-    key = jax.random.key(config.run.seed)
+    rate, key = learning_rate(config.optimizer, steps), jax.random.key(config.run.seed)
+    best, check_finite = MeanScore(config.run.keep_best), FiniteCheck(config, feed)
 
-    for step in range(start, steps):
-        began = time.monotonic()
-        gathered: Any = None
-        for micro in range(config.accumulation):
-            loaded = next(feed.loader)
-            batch, micro_key = (
-                shard_rows(loaded.arrays, mesh, shard),
-                jax.random.fold_in(key, step * config.accumulation + micro),
-            )
-            gathered = add_gradients(gathered, state.trainable, frozen, batch, micro_key)
-        gradients, sums = gathered
-        state, norm = apply(state, gradients, sums.tokens)
-        if (step + 1) % config.run.log_every == 0:
-            metrics = _metrics(jax.block_until_ready(sums), norm, time.monotonic() - began) | {
-                "learning_rate": float(jnp.asarray(rate(step))),
-                **padding(loaded.waste),
-            }
-            check_finite(metrics["loss"], step=step, file=directory)
-            log.log(step, metrics)
-            progress.advance(config.run.log_every, loss=metrics["loss"])
-        if (step + 1) % config.run.save_every == 0 or step + 1 == steps:
-            checkpoints.save(step + 1, arrays={"state": state}, host={"loader": feed.loader.get_state()})
+    with ExitStack() as stack:
+        preemption = stack.enter_context(Preemption(directory))
+        checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", config.run.keep, config.run.keep_best))
+        start = checkpoints.latest() or 0
+        if checkpoints.latest() is not None:
+            _, saved, host = checkpoints.restore(None, {"state": state})
+            state = saved["state"]
+            feed.loader.set_state(host["loader"])
+            best.set_state(host["best"])
+        log = stack.enter_context(closing(open_log(directory, config.run, start_step=start)))
+        progress = stack.enter_context(closing(Progress("sft", steps, start=start, shown=is_first())))
 
-    for open_file in (log, progress, checkpoints):
-        open_file.close()
-    feed.report_skipped()
-    export_policy(policy, state.trainable, directory)
+        def save(step: int, score: float | None) -> None:
+            host = {"loader": feed.loader.get_state(), "best": best.get_state(), "config": flat_config(config)}
+            checkpoints.save(step, arrays={"state": state}, host=host, score=score)
+
+        for step in range(start, steps):
+            try:
+                preemption.check(step)
+            except PreemptedError:
+                save(step, best.value)
+                checkpoints.finish()
+                raise
+            began, batches = time.monotonic(), []
+            gathered: Any = None
+            for micro in range(step * config.accumulation, (step + 1) * config.accumulation):
+                batches.append(next(feed.loader))
+                batch = shard_rows(batches[-1].arrays, mesh, shard)
+                gathered = add_gradients(gathered, state.trainable, frozen, batch, jax.random.fold_in(key, micro))
+            gradients, sums = gathered
+            state, norm = apply(state, gradients, sums.tokens)
+            metrics = _metrics(jax.block_until_ready(sums), norm, time.monotonic() - began)
+            tensors = {"gradients": gradients, "weights": state.trainable}
+            check_finite(step, {name: metrics[name] for name in ("loss", "grad_norm")}, batches, tensors)
+            if (step + 1) % config.run.log_every == 0:
+                shown = {"learning_rate": float(jnp.asarray(rate(step))), **padding(batches[-1].waste)}
+                log.log(step, metrics | shown)
+                progress.advance(config.run.log_every, loss=metrics["loss"])
+                best.add(metrics)
+            if (step + 1) % config.run.save_every == 0 or step + 1 == steps:
+                save(step + 1, best.take())
+
+        checkpoints.finish()
+        preemption.check(steps)
+        feed.report_skipped()
+        export_policy(policy, state.trainable, directory)
     return directory
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sif_jax.parallel.placement import put
 
@@ -58,15 +58,26 @@ def state_shardings(trainable: Any, optimizer: optax.GradientTransformation, mes
 def make_apply(
     optimizer: optax.GradientTransformation, shardings: StateShardings | None = None
 ) -> Callable[[TrainState, Any, Float[Array, ""]], tuple[TrainState, Float[Array, ""]]]:
-    """A jitted function: (state, summed gradients, what to divide them by) → (next state, gradient norm)."""
+    """A jitted function: (state, summed gradients, what to divide them by) → (next state, gradient norm).
+
+    A gradient that is not finite leaves the state as it was. The norm is not finite where the gradient or the new weights
+    are not.
+    """
 
     def apply(state: TrainState, gradients: Any, count: Float[Array, ""]) -> tuple[TrainState, Float[Array, ""]]:
         gradients = jax.tree.map(lambda g: g / jnp.maximum(count, 1), gradients)
         updates, moments = optimizer.update(gradients, state.moments, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        return TrainState(state.step + 1, trainable, moments), optax.tree.norm(gradients)
+        norm = optax.tree.norm(gradients)
+        following = TrainState(state.step + 1, trainable, moments)
+        state = jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(norm), new, old), following, state)
+        return state, jnp.where(_all_finite(state.trainable), norm, jnp.nan)
 
     return jax.jit(apply, donate_argnums=0, out_shardings=shardings and (shardings.of_state(), shardings.step))
+
+
+def _all_finite(tree: Any) -> Bool[Array, ""]:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def add_trees(one: Any, other: Any) -> Any:
