@@ -20,6 +20,7 @@ from sif_jax.plan.setting import Setting
 PASSES = {"full": 3, "dots": 2, "none": 2}  # over the activations: forward, recomputed, backward
 GATHERS = 2  # of split weights: forward, and once for what is recomputed and its gradient
 WIDE, FFN = 24, 12  # values per token and layer that a pass reads or writes: of the width, of the feed-forward
+NOT_OVERLAPPED = 0.1  # of the shorter times
 
 
 class Estimate(NamedTuple):
@@ -51,17 +52,21 @@ def estimate(setting: Setting, size: ModelSize) -> Estimate:
 
 
 def estimated_seconds(setting: Setting, size: ModelSize) -> float:
-    """Of one optimizer step."""
+    """Of one optimizer step; what does not bound a program counts a little, as not all of it overlaps."""
     config = setting.config
     if isinstance(config, SftConfig):
         tokens = config.batch_size * config.data.buckets.pairs[-1][0]
-        return config.accumulation * learning_times(setting, size, tokens).bound
+        return config.accumulation * _blurred(learning_times(setting, size, tokens))
     assert isinstance(config, GrpoConfig)
     prompt = config.data.buckets.pairs[-1][0]
     tokens = config.micro_batch * (prompt + config.num_samples * config.max_new_tokens)
     parts = config.prompts_per_step // config.micro_batch
-    learning = parts * config.updates_per_rollout * learning_times(setting, size, tokens).bound
-    return learning + config.max_new_tokens * decoding_times(setting, size).bound
+    learning = parts * config.updates_per_rollout * _blurred(learning_times(setting, size, tokens))
+    return learning + config.max_new_tokens * _blurred(decoding_times(setting, size))
+
+
+def _blurred(times: Times) -> float:
+    return times.bound + NOT_OVERLAPPED * (sum(times) - times.bound)
 
 
 def learning_times(setting: Setting, size: ModelSize, tokens: int) -> Times:

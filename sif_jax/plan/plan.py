@@ -20,6 +20,9 @@ from sif_jax.plan.setting import Setting
 from sif_jax.plan.topology import check_compiler, devices_of
 
 
+FURTHER_TRIES = 5  # where none of those asked for fits
+
+
 class Plan(NamedTuple):
     """Bytes per device. Without a compiler, or where the first program did not fit, `programs` is short."""
 
@@ -97,7 +100,11 @@ def best_plan(
             value=f"{setting.model} on {setting.topology.name}",
             fix="take more or larger chips, or a smaller model",
         )
-    plans = [make_plan(each, analytic=analytic, completion_tokens=completion_tokens) for each in found[:tries]]
+    plans: list[Plan] = []
+    for each in found[: tries + FURTHER_TRIES]:
+        if len(plans) >= tries and any(plan.fits for plan in plans):
+            break
+        plans.append(make_plan(each, analytic=analytic, completion_tokens=completion_tokens))
     return sorted(plans, key=lambda plan: (not plan.fits, plan.step.seconds if plan.step else 0.0))
 
 

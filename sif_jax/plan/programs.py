@@ -259,7 +259,15 @@ def prompts_unit(
         return batch, features
     by_prompts = split_by_prompts(config.micro_batch, config.num_samples, mesh)
     unit = abstract_batch(config, architecture, mesh, rows, by_rows=by_prompts)
-    return unit, shape((rows, *features.shape[1:]), features.dtype, features.sharding)
+    return unit, some_rows(features, rows, mesh)
+
+
+def some_rows(features: Any, rows: int, mesh: Mesh) -> Any:
+    """As `training.groups.split_rows` lays them: like all of them, or whole on every device where they are too few."""
+    dims = (rows, *features.shape[1:])
+    whole_rows = shape(dims, features.dtype)
+    split = features.shape[0] // features.sharding.shard_shape(features.shape)[0]
+    return whole(whole_rows, mesh) if rows % split else shape(dims, features.dtype, features.sharding)
 
 
 def sampling_of(config: GrpoConfig, architecture: Qwen2_5_VLConfig) -> Sampling:
@@ -344,7 +352,7 @@ def abstract_groups(config: GrpoConfig, architecture: Qwen2_5_VLConfig, mesh: Me
     batch = abstract_batch(config, architecture, mesh, rows, by_rows=by_prompts)
     place = partial(group, mesh=mesh, by_prompts=by_prompts)
     tokens, each = (rows, config.num_samples, config.max_new_tokens), (rows, config.num_samples)
-    shown = shape((rows, *features.shape[1:]), features.dtype, features.sharding) if config.freeze_vision else None
+    shown = some_rows(features, rows, mesh) if config.freeze_vision else None
     logprobs = place(tokens, jnp.float32)
     completions = Completions(batch, shown, place(tokens, jnp.int32), logprobs, place(tokens, jnp.bool_))
     reference = logprobs if config.objective.kl_beta else None
