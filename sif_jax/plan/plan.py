@@ -19,7 +19,6 @@ from sif_jax.plan.search import ranked
 from sif_jax.plan.setting import Setting
 from sif_jax.plan.topology import check_compiler, devices_of
 
-
 FURTHER_TRIES = 5  # where none of those asked for fits
 
 

@@ -12,8 +12,6 @@ from sif_jax.plan.setting import Setting
 from sif_jax.plan.topology import larger
 
 REMATS = ("none", "dots", "full")
-# Candidates whose estimate is above the memory by less than this are compiled, too: the formulas tend to be high.
-SLACK = 1.15
 
 
 def candidates(setting: Setting) -> Iterator[Setting]:
@@ -26,9 +24,9 @@ def candidates(setting: Setting) -> Iterator[Setting]:
 
 
 def ranked(setting: Setting, size: ModelSize) -> list[Setting]:
-    """Candidates that fit by the formulas, with some slack, the fastest first; of equals the one with the most room."""
+    """Candidates that fit by the formulas, the fastest first; of equals the one with the most room."""
     limit = setting.topology.chip.hbm_bytes
-    fitting = [each for each in candidates(setting) if fits(each, size, scale=1 / SLACK)]
+    fitting = [each for each in candidates(setting) if fits(each, size)]
     return sorted(
         fitting, key=lambda each: (round(estimated_seconds(each, size), 3), estimate(each, size).needed / limit)
     )
