@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
@@ -14,7 +15,7 @@ from sif_jax.config.mesh import AXES
 from sif_jax.errors import InputError
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of the job's devices, or of these, in the topology's own order; of several slices, `data` is the axis that
     crosses from one to another.
 

@@ -97,9 +97,9 @@ def placed_as(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, where: shape(x.shape, x.dtype, where), shapes, shardings)
 
 
-def device_bytes(tree: Any) -> int:
+def device_bytes(tree: Any) -> float:
     """What one device holds of these arrays."""
-    return sum(_leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
+    return float(sum(_leaf_bytes(leaf) for leaf in jax.tree.leaves(tree)))
 
 
 def _leaf_bytes(leaf: Any) -> int:

@@ -77,7 +77,7 @@ def learning_times(setting: Setting, size: ModelSize, tokens: int) -> Times:
     products = 2 * size.layer_bytes / e * layers + 2 * text.hidden_size * text.vocab_size
     flops = (passes + (config.lora is None)) * products * tokens / devices
     values = WIDE * text.hidden_size + FFN * text.intermediate_size / mesh["tensor"]
-    weights = layers * size.layer_bytes + size.head_bytes
+    weights = float(layers * size.layer_bytes + size.head_bytes)
     memory = passes * own * layers * values * e + 2 * GATHERS * weights / mesh["tensor"]
     return Times(
         flops / chip.flops,

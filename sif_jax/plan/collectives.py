@@ -58,7 +58,7 @@ def collectives(program: Program, *, devices: int, unknown: int = 1) -> dict[str
 
 
 def total_bytes(traffic: Mapping[str, Traffic]) -> float:
-    return sum(each.nbytes for each in traffic.values())
+    return sum((each.nbytes for each in traffic.values()), 0.0)
 
 
 def _collectives_in(computation: Computation, times: float, devices: int) -> Iterator[_Found]:

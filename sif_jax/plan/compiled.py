@@ -89,10 +89,10 @@ class Compiler:
 
 def _memory(stats: Any) -> Memory:
     return Memory(
-        stats.argument_size_in_bytes,
-        stats.temp_size_in_bytes,
-        stats.peak_memory_in_bytes,
-        stats.generated_code_size_in_bytes,
+        float(stats.argument_size_in_bytes),
+        float(stats.temp_size_in_bytes),
+        float(stats.peak_memory_in_bytes),
+        float(stats.generated_code_size_in_bytes),
     )
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
-ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "token": 0, "opaque": 0}
+ITEM_BYTES = {"pred": 1.0, "s4": 0.5, "u4": 0.5, "token": 0.0, "opaque": 0.0}
 HEAD = re.compile(r"^(ENTRY )?%?([^\s(]+) (?:\(.*)?\{$")
 LINE = re.compile(r"^\s+(ROOT )?%?([^\s=]+) = (.*)$")
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
@@ -43,7 +43,7 @@ class Instruction(NamedTuple):
 
     @property
     def nbytes(self) -> float:
-        return sum(shape.nbytes for shape in self.shapes)
+        return sum((shape.nbytes for shape in self.shapes), 0.0)
 
     def attribute(self, pattern: str) -> str | None:
         found = re.search(pattern, self.attributes)
@@ -116,7 +116,7 @@ def item_bytes(dtype: str) -> float:
     if dtype in ITEM_BYTES:
         return ITEM_BYTES[dtype]
     bits = re.match(r"(?:bf|f|s|u|c)(\d+)", dtype)
-    return int(bits.group(1)) / 8 if bits else 0
+    return int(bits.group(1)) / 8 if bits else 0.0
 
 
 def shapes_of(text: str) -> Iterator[Shape]:

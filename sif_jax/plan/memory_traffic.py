@@ -35,12 +35,13 @@ PASSES_ON = {"tuple", "custom-call", *SENT, *(f"{kind}-start" for kind in SENT)}
 def memory_traffic(program: Program, *, unknown: int = 1) -> float:
     """Bytes of one run on one device; a loop whose length is not in the program counts `unknown` times."""
     runs, fused = program.runs(unknown), _fused(program)
-    return sum(
+    parts = (
         runs[name] * _bytes(program, computation, each)
         for name, computation in program.computations.items()
         if runs[name] and name not in fused
         for each in computation.instructions.values()
     )
+    return sum(parts, 0.0)
 
 
 def _fused(program: Program) -> set[str]:
@@ -51,22 +52,22 @@ def _fused(program: Program) -> set[str]:
 def _bytes(program: Program, computation: Computation, each: Instruction) -> float:
     inside = computation.instructions
     if each.opcode in FREE or each.opcode.endswith("-done") or each.opcode.removesuffix("-start") in SENT:
-        return 0
+        return 0.0
     if each.opcode in SLICES:
         return (_in_main_memory(inside[each.operands[0]]) + _in_main_memory(each)) * each.nbytes
     if each.opcode == "dynamic-update-slice":
         return _main_bytes(inside[each.operands[1]]) + _in_main_memory(each) * inside[each.operands[1]].nbytes
     if each.opcode == "copy-start":
-        return _main_bytes(inside[each.operands[0]]) + (each.shapes[0].nbytes if each.shapes[0].in_main_memory else 0)
+        return _main_bytes(inside[each.operands[0]]) + (each.shapes[0].nbytes if each.shapes[0].in_main_memory else 0.0)
     if each.opcode == "slice-start":  # ((the array), the slice, …)
-        return each.shapes[1].nbytes if _main_bytes(inside[each.operands[0]]) else 0
+        return each.shapes[1].nbytes if _main_bytes(inside[each.operands[0]]) else 0.0
     if each.opcode == "fusion":
         return _fusion_bytes(program[each.called["calls"]], [inside[name] for name in each.operands], each)
     return _main_bytes(each) + sum(_main_bytes(inside[name]) for name in set(each.operands) if name in inside)
 
 
 def _main_bytes(each: Instruction) -> float:
-    return sum(shape.nbytes for shape in each.shapes if shape.in_main_memory)
+    return sum((shape.nbytes for shape in each.shapes if shape.in_main_memory), 0.0)
 
 
 def _in_main_memory(each: Instruction) -> bool:
@@ -75,11 +76,12 @@ def _in_main_memory(each: Instruction) -> bool:
 
 def _fusion_bytes(inner: Computation, operands: list[Instruction], fusion: Instruction) -> float:
     parameters = {int(each.operands[0]): each for each in inner.instructions.values() if each.opcode == "parameter"}
-    read = sum(
+    reads = (
         min(_read(inner, parameters[number]), _main_bytes(operand))
         for number, operand in enumerate(operands)
         if _main_bytes(operand)
     )
+    read = sum(reads, 0.0)
     shapes, results = fusion.shapes, list(_results(inner))
     if len(shapes) != len(results):
         return read + _main_bytes(fusion)
@@ -109,7 +111,7 @@ def _written(inner: Computation, each: Instruction) -> float:
     if each.opcode == "bitcast":
         return _written(inner, inner.instructions[each.operands[0]])
     if each.opcode == "parameter" or each.opcode in PASSES_ON:
-        return 0
+        return 0.0
     if each.opcode == "dynamic-update-slice":
         return inner.instructions[each.operands[1]].nbytes
     return each.nbytes

@@ -159,7 +159,7 @@ def earlier_sums(function: Any, arguments: tuple[Any, ...], mesh: Mesh) -> tuple
     return arguments[0], jax.tree.map(lambda x: whole(x, mesh), sums)
 
 
-def apply_program(state: State, mesh: Mesh, calls: float, beside: float) -> Program:
+def apply_program(state: State, mesh: Mesh, calls: int, beside: float) -> Program:
     held = TrainState(state.step, state.trainable, state.moments)
     count = whole(jax.ShapeDtypeStruct((), jnp.float32), mesh)
     function = make_apply(state.optimizer, state.shardings)
@@ -189,9 +189,9 @@ def grpo_programs(
     yield from learning_programs(config, architecture, mesh, state, features, beside)
 
 
-def copied_bytes(config: GrpoConfig, state: State) -> int:
+def copied_bytes(config: GrpoConfig, state: State) -> float:
     """Of the policy at the start, which a full fine-tune with a KL keeps."""
-    return device_bytes(state.trainable) if config.objective.kl_beta and config.lora is None else 0
+    return device_bytes(state.trainable) if config.objective.kl_beta and config.lora is None else 0.0
 
 
 def results(program: Program, compile_: Compile) -> Any:

@@ -28,7 +28,6 @@ TPU_ENVIRONMENT = {
     "TPU_LOG_DIR": "disabled",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-LIBTPU = {"0.10.2": "0.0.42"}  # that jax[tpu] of this version asks for
 AXES = {"v5e": 2, "v6e": 2, "v5p": 3}  # of the torus
 CORES = {"v5p": 2}  # per chip; names such as v5p-32 count cores
 GPUS_PER_HOST = 8
@@ -118,18 +117,24 @@ def check_compiler(topology: Topology) -> None:
     """
     if topology.platform == "gpu":
         if importlib.util.find_spec("jax_cuda12_plugin") is None:
-            fix = "pip install 'sif_jax[plan-gpu]', or leave --analytic on"
+            fix = "pip install 'sif_jax[plan-gpu]'"
             raise InputError("the compiler for GPUs is not installed", value=topology.name, fix=fix)
         return
     if importlib.util.find_spec("libtpu") is None:
         fix = "pip install 'sif_jax[plan]' (Linux), or ask for --analytic"
         raise InputError("the compiler for TPUs is not installed", value=topology.name, fix=fix)
-    wanted, found = LIBTPU.get(jax.__version__), metadata.version("libtpu")
+    wanted, found = libtpu_of_jax(), metadata.version("libtpu")
     if wanted and not found.startswith(f"{wanted}."):
         fix = f"pip install 'libtpu=={wanted}.*'"
         raise InputError(
             f"libtpu is not the one of jax {jax.__version__}", value=found, expected=f"{wanted}.*", fix=fix
         )
+
+
+def libtpu_of_jax() -> str | None:
+    """The version that jax[tpu] asks for, such as 0.0.42; None where it does not say."""
+    asked = (re.match(r"libtpu==([\d.]+)\.\*", requirement) for requirement in metadata.requires("jax") or [])
+    return next((found.group(1) for found in asked if found), None)
 
 
 @cache
