@@ -46,7 +46,7 @@ INTRODUCTION = """# Plans of the paper's configs
 Programs compiled by `sif-jax plan` for devices that were not there; [docs/plan.md](../plan.md) says what the columns mean and
 how far to trust them. Figures are per device. Meshes, micro-batches and remat policies are those that `--search --tries 1` chose:
 the fastest by the formulas that fits. "formulas" is the error of the formulas against the compiled programs. Times are rooflines,
-lower than any real step.
+lower than any real step. Settings that are not in the table have not been compiled; the command says what they need.
 
     sif-jax plan configs/paper/sft.yaml  --topology v5e-16 --model 7B --search --tries 1 --json >> docs/results/plan.jsonl
     sif-jax plan configs/paper/grpo.yaml --topology v5e-16 --model 7B --search --tries 1 --json >> docs/results/plan.jsonl
