@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from pathlib import Path
 
-MEMORY_FRACTION = 0.92  # the rest is the driver's, cuDNN's and NCCL's, which allocate beside XLA
+from sif_jax.parallel.chips import GPU_MEMORY_FRACTION as MEMORY_FRACTION
+
 MEMORY_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 XLA_FLAGS = ("--xla_gpu_enable_latency_hiding_scheduler=true",)  # collectives beside computation
 # NCCL is silent by default about what it cannot use. Nothing else is set: it tunes itself, and better with every version.

@@ -17,11 +17,11 @@ from gpu_compat.environment import MEMORY_FRACTION
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes only; a GPU would be filled for nothing
 
-from gpu_compat.memory_model import Phase, grpo_phases, held, optimizer_phase, sft_phases
-from gpu_compat.model_size import ModelSize, model_size
 from sif_jax.config import GrpoConfig, SftConfig, TrainConfig, load_config
 from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from sif_jax.plan.memory_model import Phase, grpo_phases, held, optimizer_phase, sft_phases
+from sif_jax.plan.model_size import ModelSize, model_size
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("3B", "7B", "32B", "72B")

@@ -21,7 +21,7 @@ from sif_jax.errors import InputError
 from tests.conftest import ROOT
 
 COMMANDS = [
-    *("demo", "sft", "grpo", "eval", "generate", "export", "ablate", "data build", "data check"),
+    *("demo", "sft", "grpo", "eval", "generate", "export", "ablate", "plan", "data build", "data check"),
     *("bench remat", "bench precision", "bench rewards", "bench hacks", "bench decode"),
 ]
 SFT = ["run.name=x", "model.path=m", "data.path=d", "optimizer.learning_rate=1e-4"]

@@ -6,11 +6,11 @@ import pytest
 
 from gpu_compat.cards import CARDS, card_of
 from gpu_compat.memory import GIB, MODELS, PAPER, ROOT, main, open_setting, plan, read_config, remedies
-from gpu_compat.memory_model import Shape, _backward, in_use, kv_bytes
-from gpu_compat.model_size import model_size
 from sif_jax.bench.workload import abstract_policy, random_batch
 from sif_jax.config import GrpoConfig, SftConfig
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from sif_jax.plan.memory_model import Shape, _backward, in_use, kv_bytes
+from sif_jax.plan.model_size import model_size
 from sif_jax.rollout.engine import encode_images
 from sif_jax.training import grpo, sft
 

@@ -230,3 +230,22 @@ def test_split_rows_and_join_rows_are_inverses():
     parts = split_rows({"x": rows}, 3)
     assert [part["x"].shape for part in parts] == [(3, 2)] * 4
     np.testing.assert_array_equal(join_rows([part["x"] for part in parts]), rows)
+
+
+def test_a_micro_batch_of_fewer_rows_than_devices_is_whole_on_each_of_them():
+    script = """
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from sif_jax.config import MeshConfig
+from sif_jax.parallel.mesh import make_mesh
+from sif_jax.training.groups import split_rows
+mesh = make_mesh(MeshConfig())
+rows = np.arange(32.0, dtype=np.float32).reshape(8, 4)
+with jax.set_mesh(mesh):
+    split = jax.device_put(rows, NamedSharding(mesh, PartitionSpec("data")))
+    parts = [part["x"] for part in split_rows({"x": split}, 2)]
+assert all(part.sharding.is_fully_replicated for part in parts)
+np.testing.assert_array_equal(np.stack(parts), rows.reshape(4, 2, 4))
+"""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, cwd=ROOT)

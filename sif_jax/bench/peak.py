@@ -8,18 +8,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 with float32 accumulation, by JAX's device_kind: NVIDIA's and Google Cloud's data sheets, 2026.
-DATA_SHEET = {
-    "NVIDIA H20": 148e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA L40S": 362e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
+from sif_jax.parallel.chips import CARDS, TPUS
+
+TPU_KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
+DATA_SHEET = {card.name: card.bfloat16_tflops * 1e12 for card in CARDS.values()} | {
+    kind: TPUS[name].flops for kind, name in TPU_KINDS.items()
+}  # by JAX's device_kind
 SIDES = {"cpu": 2048}
 DEFAULT_SIDE = 8192
 REPEATS = 8

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
@@ -13,17 +15,20 @@ from sif_jax.config.mesh import AXES
 from sif_jax.errors import InputError
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh in the topology's own order; of several slices, `data` is the axis that crosses from one to another.
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of the job's devices, or of these, in the topology's own order; of several slices, `data` is the axis that
+    crosses from one to another.
 
     Raises:
       InputError: the axes do not multiply to the devices, or the slices do not divide `data`.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     shape, types = mesh_shape(config, len(devices)), (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types)
+        # jax.make_mesh refuses a mesh axis that is part of a torus axis on TPUs other than v5e: 64 x 4 on 16 x 16 chips.
+        inside = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(inside, AXES, axis_types=types)
     inside, across = slice_shapes(shape, slices)
     return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
 

@@ -90,9 +90,9 @@ def generate(
     if by_prompts is None:
         by_prompts = split_by_prompts(prompts, samples, mesh)
     spread: Spread = "prompts" if by_prompts else "samples"
-    share, own = (prompts // lanes, samples) if spread == "prompts" else (prompts, samples // lanes)
-    each = _largest_divisor(share, at_most=max((prefill or prompts) // (prompts // share), 1))
-    slots = make_slots(sampling, lanes=lanes, prompts=share, samples=own, rows=rows and -(-rows // lanes), prefill=each)
+    slots, each = shared_slots(
+        sampling, lanes=lanes, prompts=prompts, samples=samples, spread=spread, rows=rows, prefill=prefill
+    )
     if limits is None:
         limits = np.full((prompts, samples), sampling.max_new_tokens, np.int32)
     whole = Prompts(batch, features, np.arange(prompts), np.asarray(jax.random.key_data(keys)), limits)
@@ -195,6 +195,24 @@ def make_slots(
     held = -(-rows // samples) * (2 if samples > 1 else 1) + prefill
     steps = MAX_STEPS_WITH_STRINGS if sampling.stop else MAX_STEPS
     return Slots(lanes, rows, min(held, prompts), samples, steps, ring_lengths(FIRST_RING, sampling.max_new_tokens))
+
+
+def shared_slots(
+    sampling: Sampling,
+    *,
+    lanes: int,
+    prompts: int,
+    samples: int,
+    spread: Spread,
+    rows: int | None = None,
+    prefill: int | None = None,
+) -> tuple[Slots, int]:
+    """The slots of lanes that share out a rollout's prompts, or the samples of each, and a lane's prompts per pass."""
+    share, own = (prompts // lanes, samples) if spread == "prompts" else (prompts, samples // lanes)
+    each = _largest_divisor(share, at_most=max((prefill or prompts) // (prompts // share), 1))
+    return make_slots(
+        sampling, lanes=lanes, prompts=share, samples=own, rows=rows and -(-rows // lanes), prefill=each
+    ), each
 
 
 def split_prompts(prompts: Prompts, each: int, *, lanes: int = 1) -> Iterator[Prompts]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sif_jax.config import GrpoConfig
@@ -61,8 +62,23 @@ def split_rows(tree: Any, rows: int) -> list[Any]:
 
 
 def _lying_as(whole: Any, part: Any) -> Any:
-    """Samples that are split over the devices stay so."""
-    return jax.tree.map(lambda x, y: jax.device_put(y, x.sharding) if isinstance(x, jax.Array) else y, whole, part)
+    """Samples that are split over the devices stay so; too few rows for it are whole on every device."""
+
+    def place(x: Any, y: Any) -> Any:
+        if not isinstance(x, jax.Array):
+            return y
+        where = x.sharding
+        if isinstance(where, NamedSharding) and len(y) % _parts_of_rows(where):
+            where = NamedSharding(where.mesh, PartitionSpec())
+        return jax.device_put(y, where)
+
+    return jax.tree.map(place, whole, part)
+
+
+def _parts_of_rows(where: NamedSharding) -> int:
+    split = where.spec[0] if len(where.spec) else None
+    names = (split,) if isinstance(split, str) else split or ()
+    return math.prod(where.mesh.shape[name] for name in names)
 
 
 @partial(jax.jit, static_argnames="count")

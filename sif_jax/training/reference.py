@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
-from sif_jax.models.qwen2_5_vl.lora import linear_layers, lora_of
+from sif_jax.models.qwen2_5_vl.lora import linear_layers
 from sif_jax.models.qwen2_5_vl.model import Batch, Qwen2_5_VL
 from sif_jax.training.policy import completion_logprobs
 
@@ -27,9 +27,10 @@ class Reference(NamedTuple):
 def reference_of(graphdef: nnx.GraphDef, trainable: nnx.State, frozen: nnx.State) -> Reference:
     """The policy as it is now, or its base where `trainable` are adapters."""
     model: Qwen2_5_VL = nnx.merge(graphdef, trainable, frozen, copy=True)
-    if not lora_of(model).factors:
+    layers = linear_layers(model).values()
+    if all(layer.lora_a is None for layer in layers):
         return Reference(graphdef, (jax.tree.map(jnp.copy, trainable), frozen))
-    for layer in linear_layers(model).values():
+    for layer in layers:
         layer.lora_a = layer.lora_b = nnx.data(None)
     return Reference(nnx.graphdef(model), (frozen,))
 
