@@ -19,8 +19,8 @@ from sif_jax.bench.workload import abstract_policy, random_batch
 from sif_jax.cli import main
 from sif_jax.errors import InputError
 from sif_jax.ops.attention_backends import self_attention
-from sif_jax.plan.analytic import estimate, estimated_seconds
 from sif_jax.parallel.chips import GIB, TPUS
+from sif_jax.plan.analytic import estimate, estimated_seconds
 from sif_jax.plan.collectives import Traffic
 from sif_jax.plan.command import run
 from sif_jax.plan.compiled import Compiled, Cost, Memory, _too_large
