@@ -49,7 +49,9 @@ class Linear(nnx.Module):
 
 
 def _aligned(vector: Shaped[Array, "D"], x: Shaped[Array, "*batch D"]) -> Shaped[Array, "*ones D"]:
-    return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + vector.shape)
+    """Split where it is kept and whole where it is used, as factors are: with a bias split over tensor and fsdp, and rows over
+    data and fsdp, one a device, XLA (jax 0.10.2, CPU) computed wrong image features."""
+    return constrain(vector, None).astype(x.dtype).reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
 def _dropout(x: Array, key: Array, rate: float) -> Array:
