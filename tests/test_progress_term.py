@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from sif_jax.config import GrpoConfig
+from sif_jax.config import GrpoConfig, RewardsConfig
 from sif_jax.judge import completions as judging
 from sif_jax.rewards.scoring import score
 from sif_jax.sif.record import Record
 from sif_jax.training import grpo
 from sif_jax.training.checkpoint import Checkpoints
 from sif_jax.training.feedback import Feedback
+from tests.test_score import LEFT, record
 from tests.test_sft import interrupt
 from tests.tiny_run import tiny_config
 
@@ -114,4 +115,21 @@ def test_a_group_mean_leaves_failures_out_and_an_all_failed_group_keeps_its_own(
     scores = score([], [], judge_scores=[])
     feedback = Feedback([], [], judged, scores, np.zeros((4, 2)), {})
     with warnings.catch_warnings(action="error"):
-        np.testing.assert_array_equal(feedback.means_after(np.array([0.0, 0.0, 0.75, nan])), [0.75, 0.25, 0.75, nan])
+        np.testing.assert_array_equal(
+            feedback.means_after(np.array([0.0, 0.0, 0.75, nan]), "paper"), [0.75, 0.25, 0.75, nan]
+        )
+
+
+def test_the_release_keeps_one_boosted_mean_for_every_prompt_of_a_step():
+    """Second visit: the first, judged 1, gains 1 - 0.5 over its baseline; the second, judged 0, loses nothing; one failed."""
+    scores = score(
+        ["<answer>it</answer>"] * 3,
+        [record(LEFT)] * 3,
+        judge_scores=[1.0, 0.0, float("nan")],
+        previous_means=[0.5, 0.5, 0.5],
+        rewards=RewardsConfig(compat="release"),
+    )
+    feedback = Feedback([], [], np.array([[1.0], [0.0], [np.nan]]), scores, np.zeros((3, 1)), {})
+    before = np.full(3, 0.5, np.float32)
+    np.testing.assert_allclose(feedback.means_after(before, "release"), [0.75] * 3)
+    np.testing.assert_allclose(feedback.means_after(before, "paper"), [1.0, 0.0, 0.5])

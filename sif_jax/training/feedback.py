@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -49,8 +50,16 @@ class Feedback:
     advantages: Float[np.ndarray, "P M"]
     counters: Mapping[str, float]  # the judge's
 
-    def means_after(self, previous_means: Float[np.ndarray, " P"]) -> Float[np.ndarray, " P"]:
-        """Mean raw judge score of each group, the baseline of its next visit; without a judgement it stays what it was."""
+    def means_after(
+        self, previous_means: Float[np.ndarray, " P"], compat: Literal["paper", "release"]
+    ) -> Float[np.ndarray, " P"]:
+        """The baseline of each prompt's next visit: the mean raw judge score of its group; without a judgement what it was.
+
+        The release keeps one number for all prompts of a step, the mean of their answer terms, progress included.
+        """
+        if compat == "release":
+            valid = self.scores.valid
+            return np.full_like(previous_means, self.scores.answer[valid].mean()) if valid.any() else previous_means
         judged = np.isfinite(self.judged)
         means = np.where(judged, self.judged, 0).sum(axis=1) / np.maximum(judged.sum(axis=1), 1)
         return np.where(judged.any(axis=1), means, previous_means)

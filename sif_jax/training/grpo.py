@@ -162,7 +162,7 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
                 gradients, sums = gathered
                 state, norm = apply(state, gradients, sums.policy.count)
                 updates.append(sums)
-            previous_means[ids] = feedback.means_after(previous_means[ids])
+            previous_means[ids] = feedback.means_after(previous_means[ids], config.rewards.compat)
             jax.block_until_ready(state)
             times.append(time.monotonic())
 
