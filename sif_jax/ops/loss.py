@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jax.custom_derivatives import CustomVJPPrimal
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sif_jax.parallel.partition import constrain, num_shards
 
@@ -64,41 +64,33 @@ def _logprobs(
 ) -> tuple[Float[Array, "M"], Float[Array, "M"]]:
     """Of one chunk. A row's gradient is its cotangent times d(log p)/d(hidden), which the forward pass has at hand: so the
     logits, the only large array, are computed once (Liger Kernel, arXiv:2410.10989, section 3.2)."""
-    logprobs = _log_softmax(hidden, head, temperature)
-    chosen = jnp.sum(_is_target(targets, head) * logprobs, axis=-1)
-    return chosen, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+    return _read(_log_softmax(hidden, head, temperature), targets)
 
 
-def _logprobs_forward(hidden: Array, head: Array, targets: Array, temperature: float) -> tuple[Any, tuple[Array, ...]]:
-    slope = _slope(hidden, head, targets, temperature)
-    by_hidden = jnp.einsum("mv,dv->md", slope, head)
-    return _logprobs(hidden, head, targets, temperature), (by_hidden, hidden, head, targets)
+def _logprobs_forward(
+    hidden: CustomVJPPrimal, head: CustomVJPPrimal, targets: CustomVJPPrimal, temperature: float
+) -> tuple[Any, Any]:
+    """What the backward pass needs: d(log p)/d(hidden), and the inputs again where the head is trained."""
+    inputs = hidden.value, head.value, targets.value
+    logprobs = _log_softmax(*inputs[:2], temperature)
+    slope = _slope(logprobs, inputs[2], temperature).astype(head.value.dtype)
+    by_hidden = jnp.einsum("mv,dv->md", slope, head.value)
+    return _read(logprobs, inputs[2]), (by_hidden, inputs if head.perturbed else None)
 
 
-def _logprobs_backward(
-    temperature: float, kept: tuple[Array, ...], cotangents: tuple[Array, Array]
-) -> tuple[Array, Array, np.ndarray]:
-    """A frozen head's gradient is nobody's input, so the compiler leaves it out, and its logits with it."""
-    by_hidden, hidden, head, targets = kept
+def _logprobs_backward(temperature: float, kept: Any, cotangents: Any) -> tuple[Array, Array | None, None]:
+    by_hidden, inputs = kept
     rows = cotangents[0][:, None]
-    slope = rows * _slope(hidden, head, targets, temperature)
+    by_rows = (rows * by_hidden).astype(by_hidden.dtype)
+    if inputs is None:
+        return by_rows, None, None
+    hidden, head, targets = inputs
+    slope = rows * _slope(_log_softmax(hidden, head, temperature), targets, temperature)
     by_head = jnp.einsum("md,mv->dv", hidden, slope.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    return (
-        (rows * by_hidden).astype(hidden.dtype),
-        by_head.astype(head.dtype),
-        np.zeros(targets.shape, jax.dtypes.float0),
-    )
+    return by_rows, by_head.astype(head.dtype), None
 
 
-_logprobs.defvjp(_logprobs_forward, _logprobs_backward)
-
-
-def _slope(
-    hidden: Shaped[Array, "M D"], head: Shaped[Array, "D V"], targets: Int[Array, "M"], temperature: float
-) -> Shaped[Array, "M V"]:
-    """d(log p of the target)/d(logits), in the head's type, as the logits' gradient is in a model that stores them so."""
-    probabilities = jnp.exp(_log_softmax(hidden, head, temperature))
-    return ((_is_target(targets, head) - probabilities) / temperature).astype(head.dtype)
+_logprobs.defvjp(_logprobs_forward, _logprobs_backward, symbolic_zeros=True)
 
 
 def _log_softmax(hidden: Array, head: Array, temperature: float) -> Float[Array, "M V"]:
@@ -106,6 +98,17 @@ def _log_softmax(hidden: Array, head: Array, temperature: float) -> Float[Array,
     return jax.nn.log_softmax(logits / temperature, axis=-1)
 
 
-def _is_target(targets: Int[Array, "M"], head: Shaped[Array, "D V"]) -> Array:
+def _read(logprobs: Float[Array, "M V"], targets: Int[Array, "M"]) -> tuple[Float[Array, "M"], Float[Array, "M"]]:
+    """The target's log-probability, and the entropy."""
+    chosen = jnp.sum(_is_target(logprobs, targets) * logprobs, axis=-1)
+    return chosen, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+
+
+def _slope(logprobs: Float[Array, "M V"], targets: Int[Array, "M"], temperature: float) -> Float[Array, "M V"]:
+    """d(log p of the target)/d(logits)."""
+    return (_is_target(logprobs, targets) - jnp.exp(logprobs)) / temperature
+
+
+def _is_target(logprobs: Float[Array, "M V"], targets: Int[Array, "M"]) -> Bool[Array, "M V"]:
     """A comparison and not a gather, so that a vocabulary that is split over devices stays so."""
-    return targets[:, None] == jnp.arange(head.shape[1])[None]
+    return targets[:, None] == jnp.arange(logprobs.shape[1])[None]
