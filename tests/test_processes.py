@@ -163,8 +163,8 @@ def test_processes_evaluate_as_one_does(tmp_path, count, options, devices):
 
 
 FAULTS = {
-    "image@1": "error: not an image",
-    "image@0": "error: not an image",
+    "image@1": "broken.png: not an image",
+    "image@0": "broken.png: not an image",
     "bug@1": "KeyError: 'a bug'",
     "kill@1": "",
     "freeze@1": "",
@@ -215,11 +215,11 @@ def test_half_an_environment_is_refused(changes, told):
 
 
 def test_a_process_is_silent_when_it_has_said_nothing_new_for_too_long():
-    silence = Silence(2, 10, now=0)
-    assert silence.failure({0: "1"}, now=9) is None
-    assert silence.failure({0: "2", 1: "1"}, now=10) is None
-    assert silence.failure({0: "3", 1: "1"}, now=20) is None
-    process, reason, code = silence.failure({0: "4", 1: "1"}, now=21)
+    silence = Silence(2, 10, now=0.0)
+    assert silence.failure({0: "1"}, now=9.0) is None
+    assert silence.failure({0: "2", 1: "1"}, now=10.0) is None
+    assert silence.failure({0: "3", 1: "1"}, now=20.0) is None
+    process, reason, code = silence.failure({0: "4", 1: "1"}, now=21.0)
     assert (process, code) == (1, 1)
     assert "silent for 10 s" in reason
 

@@ -41,8 +41,8 @@ def run(root, monkeypatch, *, cut_before_saving: int | None = None) -> list[tupl
     """(prompts, previous means, feedback) of every step that ran."""
     seen, original = [], grpo.reward_rollout
 
-    def watched(submitted, feed, previous_means, config):
-        feedback = original(submitted, feed, previous_means, config)
+    def watched(submitted, feed, previous_means, config, **options):
+        feedback = original(submitted, feed, previous_means, config, **options)
         seen.append((submitted.indices[::SAMPLES].tolist(), np.array(previous_means), feedback))
         return feedback
 

@@ -200,7 +200,7 @@ class _Watch(threading.Thread):
 class Silence:
     """Which process has said nothing for too long (host)."""
 
-    def __init__(self, count: int, timeout_s: float, *, now: float) -> None:
+    def __init__(self, count: int, timeout_s: int, *, now: float) -> None:
         self._timeout_s = timeout_s
         self._last: dict[int, tuple[str | None, float]] = {process: (None, now) for process in range(count)}
 
