@@ -71,32 +71,23 @@ class HacksBenchConfig(Config):
     seed: NonNegativeInt = Field(default=0, description="seed of the questions and of the honest policy")
 
 
-class DecodeBenchConfig(Config):
+class EnginesBenchConfig(Config):
+    """Ours beside transformers, on one checkpoint and on rows with two images."""
+
     checkpoint: str | None = Field(
         default=None, description="Hugging Face checkpoint; null: random weights of the architecture"
     )
     architecture: str = Field(
         default="configs/bench/100M", description="directory with the config.json of the random weights"
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="weights and arithmetic of both engines"
-    )
-    prompts: PositiveInt = Field(default=8, description="prompts, of two images each")
-    samples: PositiveInt = Field(default=8, description="completions of each prompt")
-    tokens: PositiveInt = Field(default=278, description="tokens of each prompt, images included")
     image_px: tuple[PositiveInt, PositiveInt] = Field(
-        default=(364, 252), description="(width, height) of each image; 28 divides"
+        default=(364, 252), description="(width, height) of each of a row's two images; 28 divides"
     )
     min_new_tokens: PositiveInt = Field(default=16, description="the shortest completion")
     max_new_tokens: PositiveInt = Field(default=256, description="the longest; lengths are spread evenly between")
-    decode_rows: PositiveInt | None = Field(default=48, description="completions decoded at once; null: all")
-    prefill: PositiveInt | None = Field(default=None, description="prompts computed in one pass; null: all")
-    temperature: NonNegativeFloat = Field(default=0.0, description="sampling temperature; 0: greedy, and compared")
-    repeats: PositiveInt = Field(default=1, description="timed turns of each engine")
-    seed: NonNegativeInt = Field(default=0, description="of the weights, the lengths and the samples")
 
     @model_validator(mode="after")
-    def _lengths_are_ordered(self) -> DecodeBenchConfig:
+    def _lengths_are_ordered(self) -> EnginesBenchConfig:
         if self.min_new_tokens > self.max_new_tokens:
             raise InputError(
                 "min_new_tokens is above max_new_tokens",
@@ -106,13 +97,21 @@ class DecodeBenchConfig(Config):
         return self
 
 
-class TrainBenchConfig(Config):
-    checkpoint: str | None = Field(
-        default=None, description="Hugging Face checkpoint; null: random weights of the architecture"
+class DecodeBenchConfig(EnginesBenchConfig):
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="weights and arithmetic of both engines"
     )
-    architecture: str = Field(
-        default="configs/bench/100M", description="directory with the config.json of the random weights"
-    )
+    prompts: PositiveInt = Field(default=8, description="prompts, of two images each")
+    samples: PositiveInt = Field(default=8, description="completions of each prompt")
+    tokens: PositiveInt = Field(default=278, description="tokens of each prompt, images included")
+    decode_rows: PositiveInt | None = Field(default=48, description="completions decoded at once; null: all")
+    prefill: PositiveInt | None = Field(default=None, description="prompts computed in one pass; null: all")
+    temperature: NonNegativeFloat = Field(default=0.0, description="sampling temperature; 0: greedy, and compared")
+    repeats: PositiveInt = Field(default=1, description="timed turns of each engine")
+    seed: NonNegativeInt = Field(default=0, description="of the weights, the lengths and the samples")
+
+
+class TrainBenchConfig(EnginesBenchConfig):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="frozen weights and arithmetic of both; adapters and moments are float32"
     )
@@ -130,16 +129,12 @@ class TrainBenchConfig(Config):
     stages: Annotated[tuple[Literal["sft", "grpo"], ...], Field(min_length=1)] = Field(
         default=("sft", "grpo"), description="which steps are measured"
     )
-    image_px: tuple[PositiveInt, PositiveInt] = Field(
-        default=(364, 252), description="(width, height) of each of a row's two images; 28 divides"
-    )
     rows: PositiveInt = Field(default=4, description="SFT: rows of the batch")
     tokens: PositiveInt = Field(default=1024, description="SFT: tokens per row, images included")
     prompts: PositiveInt = Field(default=2, description="GRPO: prompts of the update")
     samples: int = Field(default=8, ge=2, description="GRPO: completions of each prompt")
     prompt_tokens: PositiveInt = Field(default=278, description="GRPO: tokens of each prompt, images included")
     min_new_tokens: PositiveInt = Field(default=64, description="GRPO: the shortest completion")
-    max_new_tokens: PositiveInt = Field(default=256, description="GRPO: the longest; lengths are spread evenly between")
     micro_batch: PositiveInt | None = Field(
         default=None, description="GRPO: prompts that ours computes at once; null: all"
     )
@@ -162,10 +157,4 @@ class TrainBenchConfig(Config):
         ]:
             if part and whole % part:
                 raise InputError(f"{name} leaves a rest", value=part, expected=f"a divisor of {whole}")
-        if self.min_new_tokens > self.max_new_tokens:
-            raise InputError(
-                "min_new_tokens is above max_new_tokens",
-                value=self.min_new_tokens,
-                expected=f"at most {self.max_new_tokens}",
-            )
         return self

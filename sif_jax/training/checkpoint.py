@@ -102,6 +102,14 @@ class Checkpoints:
             self._scores.pop(step)
         self._together(saving.result)
 
+    def resume(self, arrays: Any) -> tuple[int, Any, dict[str, Any] | None]:
+        """(step, arrays, host) of the newest; where there is none, step 0 with `arrays` as they are, and no host.
+
+        Raises:
+          InputError: as `restore`.
+        """
+        return (0, arrays, None) if self.latest() is None else self.restore(None, arrays)
+
     def restore(self, step: int | None, arrays_like: Any, *, partial: bool = False) -> tuple[int, Any, dict[str, Any]]:
         """(step, arrays, host) of one step, or of the latest; arrays take the sharding of `arrays_like`.
 

@@ -114,9 +114,8 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
     with ExitStack() as stack:
         preemption = stack.enter_context(Preemption(directory))
         checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", config.run.keep, config.run.keep_best))
-        start = checkpoints.latest() or 0
-        if checkpoints.latest() is not None:
-            _, saved, host = checkpoints.restore(None, {"state": state, "previous_means": previous_means})
+        start, saved, host = checkpoints.resume({"state": state, "previous_means": previous_means})
+        if host is not None:
             state, previous_means = saved["state"], saved["previous_means"]
             feed.loader.set_state(host["loader"])
             best.set_state(host["best"])

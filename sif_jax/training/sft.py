@@ -86,9 +86,8 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
     with ExitStack() as stack:
         preemption = stack.enter_context(Preemption(directory))
         checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", config.run.keep, config.run.keep_best))
-        start = checkpoints.latest() or 0
-        if checkpoints.latest() is not None:
-            _, saved, host = checkpoints.restore(None, {"state": state})
+        start, saved, host = checkpoints.resume({"state": state})
+        if host is not None:
             state = saved["state"]
             feed.loader.set_state(host["loader"])
             best.set_state(host["best"])
