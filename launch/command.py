@@ -32,11 +32,11 @@ def _find(words: Sequence[str]) -> tuple[click.Command, list[str]]:
     rest = list(words)
     while isinstance(command, click.Group):
         if not rest:
-            known = ", ".join(command.commands)
+            known = ", ".join(sorted(command.commands))
             fix = "add it, as in sft configs/paper/sft.yaml"
             raise InputError("no command to launch", file="command line", expected=f"one of {known}", fix=fix)
         word, known = rest.pop(0), command.commands
         if word not in known:
-            raise InputError("unknown command", file="command line", value=word, expected=f"one of {', '.join(known)}")
+            raise InputError("unknown command", file="command line", value=word, expected=f"one of {', '.join(sorted(known))}")
         command = known[word]
     return command, rest

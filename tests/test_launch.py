@@ -138,8 +138,8 @@ def test_a_missing_edit_is_one_clear_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "command line: no command to launch; expected one of data, bench, demo, sft"),
-        (["sfft"], "command line: unknown command; got 'sfft'; expected one of data, bench, demo, sft"),
+        ([], "command line: no command to launch; expected one of ablate, bench, data, demo, eval"),
+        (["sfft"], "command line: unknown command; got 'sfft'; expected one of ablate, bench, data, demo, eval"),
         (["data"], "command line: no command to launch; expected one of build, check"),
         (["sft", "nowhere.yaml"], "nowhere.yaml: cannot read this config"),
         (["sft", "a.yaml", "b.yaml"], "command line: more than one config"),

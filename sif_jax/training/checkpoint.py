@@ -79,7 +79,7 @@ class Checkpoints:
             ARRAYS: ocp.args.PyTreeSave(flat),
             HOST: ocp.args.JsonSave({"host": dict(host), "score": score}),
         }
-        with self._disk_problems():
+        with self._no_remains(), self._disk_problems():
             self._saver.save(self.directory / str(step), args=ocp.args.Composite(**items))
         self._scores[step] = score
         dropped = self._scores.keys() - kept(self._scores, self._keep, self._best)
@@ -198,7 +198,8 @@ class Checkpoints:
             pass  # another process has the reason
         except InputError as error:
             problem = error
-        raise_together(problem)
+        with self._no_remains():  # once no process writes any more: another would fail for want of what is removed
+            raise_together(problem)
 
     def _existing(self, step: int | None) -> int:
         steps = sorted(self._scores)
@@ -216,8 +217,16 @@ class Checkpoints:
                 partial.unlink(missing_ok=True)
 
     @contextmanager
+    def _no_remains(self) -> Iterator[None]:
+        try:
+            yield
+        except InputError:
+            self._remove_partial()
+            raise
+
+    @contextmanager
     def _disk_problems(self) -> Iterator[None]:
-        """A refused write is one InputError, and its remains are removed. TensorStore tells the errno in words only."""
+        """A refused write is one InputError. TensorStore tells the errno in words only."""
         try:
             with _quiet():
                 yield
@@ -227,7 +236,6 @@ class Checkpoints:
             if not reason:
                 raise
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the tasks that Orbax leaves would log it again
-            self._remove_partial()
             raise InputError(
                 f"cannot write a checkpoint ({reason}); the earlier ones are intact",
                 file=self.directory,
