@@ -37,6 +37,8 @@ def _find(words: Sequence[str]) -> tuple[click.Command, list[str]]:
             raise InputError("no command to launch", file="command line", expected=f"one of {known}", fix=fix)
         word, known = rest.pop(0), command.commands
         if word not in known:
-            raise InputError("unknown command", file="command line", value=word, expected=f"one of {', '.join(sorted(known))}")
+            raise InputError(
+                "unknown command", file="command line", value=word, expected=f"one of {', '.join(sorted(known))}"
+            )
         command = known[word]
     return command, rest
