@@ -85,3 +85,23 @@ def test_chunked_logprobs_equal_the_whole_softmax_and_so_does_the_gradient(chunk
     entropy = chunked_logprobs(hidden, head, targets, chunk=chunk)[1]
     probs = jax.nn.softmax(hidden @ head)
     np.testing.assert_allclose(entropy, -jnp.sum(probs * jnp.log(probs), axis=-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [2, 3, 100])
+def test_rows_that_nobody_asks_for_change_nothing_and_chunks_of_them_alone_are_not_computed(chunk):
+    rng = np.random.default_rng(3)
+    hidden, head, targets = normal(rng, 10, 6), normal(rng, 6, 17), jnp.asarray(rng.integers(0, 17, 10))
+    wanted = jnp.zeros(10, bool).at[jnp.array([1, 4, 8])].set(True)
+
+    def loss(hidden, head, asked):
+        return jnp.sum(jnp.where(wanted, chunked_logprobs(hidden, head, targets, asked, chunk=chunk)[0], 0.0) ** 2)
+
+    every, few = (chunked_logprobs(hidden, head, targets, asked, chunk=chunk) for asked in (None, wanted))
+    for own, expected in zip(few, every, strict=True):
+        np.testing.assert_allclose(own[wanted], expected[wanted], atol=1e-6)
+    every, few = (jax.grad(loss, argnums=(0, 1))(hidden, head, asked) for asked in (None, wanted))
+    for own, expected in zip(few, every, strict=True):
+        np.testing.assert_allclose(own, expected, atol=1e-5)
+    if chunk < 100:  # the last chunks hold none that is wanted: what they would compute is not a number
+        spoilt = jnp.where(jnp.arange(10)[:, None] == 9, jnp.nan, hidden)
+        assert np.isfinite(chunked_logprobs(spoilt, head, targets, wanted, chunk=chunk)[0][9])

@@ -94,7 +94,7 @@ def test_a_grpo_step_never_holds_all_logits(measured):
     )
     program = grpo.make_gradients(graphdef, settings).lower(None, trainable, frozen, groups, key())
     assert_no_whole_logits(program.compile(), "GRPO step", measured)
-    reference = reference_logprobs.lower(graphdef, (trainable, frozen), batch(), features, ids, temperature=1.0)
+    reference = reference_logprobs.lower(graphdef, (trainable, frozen), batch(), features, ids, mask, temperature=1.0)
     assert_no_whole_logits(reference.compile(), "log-probabilities of the reference", measured)
 
 
@@ -158,7 +158,7 @@ def test_computing_prompts_for_a_rollout_never_holds_all_logits(measured):
 
 
 def test_the_check_finds_the_logits_of_a_naive_cross_entropy(monkeypatch):
-    def naive(hidden, head, targets):
+    def naive(hidden, head, targets, wanted):
         logprobs = jax.nn.log_softmax(hidden @ head)
         return jnp.take_along_axis(logprobs, targets[:, None], axis=-1)[:, 0], -(jnp.exp(logprobs) * logprobs).sum(-1)
 

@@ -2,8 +2,8 @@
 
 Two per multiplication and addition of every matrix product. A frozen weight has a forward product and one backward, to its
 input; a low-rank factor has a third, its own gradient; attention has two forward and four backward and is counted whole, not
-its causal half, as in PaLM's model FLOPs (arXiv:2204.02311, appendix B). What is recomputed is not counted, nor the
-completion's padding, nor a prompt more than once per group.
+its causal half, as in PaLM's model FLOPs (arXiv:2204.02311, appendix B). What is recomputed is not counted, nor the head at
+tokens that are no targets, nor the completion's padding, nor a prompt more than once per group.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def step_flops(config: Qwen2_5_VLConfig, work: TrainWork, *, rank: int) -> int:
     """Of an SFT step, or of a GRPO update: image features, the reference's log-probabilities, and the gradient."""
     rows, length = work.batch["tokens"].shape
     spans = [(length, length)] * rows
-    predicted = rows * (length - 1)
+    predicted = int((work.batch["loss_mask"][:, 1:] > 0).sum())
     if work.completed is not None:
         completions = work.completed.mask.sum(-1).reshape(-1)
         spans += [(int(own), length + int(own)) for own in completions]

@@ -33,6 +33,7 @@ from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from sif_jax.models.qwen2_5_vl.weights import abstract_model, load_model, save_model
 from sif_jax.ops.attention_backends import Backend
 from sif_jax.ops.attention_choice import choose_backend
+from sif_jax.parallel.host_memory import keep_freed_memory
 from sif_jax.parallel.mesh import make_mesh
 from sif_jax.parallel.placement import put_groups, shard_rows
 from sif_jax.rollout.engine import encode_images
@@ -45,6 +46,7 @@ from sif_jax.training.state import from_zeros, initial_state, make_apply, state_
 
 class OurTraining:
     def __init__(self, config: TrainBenchConfig, checkpoint: Path, adapter: Path, stage: Stage) -> None:
+        keep_freed_memory()  # as the commands do
         self._config = config
         self._mesh = make_mesh(MeshConfig())
         self._attention: Backend = choose_backend(config.attention, config.dtype)

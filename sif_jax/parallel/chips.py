@@ -43,6 +43,7 @@ ARCHITECTURES = {
 CARDS: dict[str, Card] = {
     "h20": Card("NVIDIA H20", 95.6, 4000, 148, 74, 450, "hopper", 78, 60, 1.98),
     "h100": Card("NVIDIA H100 80GB HBM3", 79.6, 3350, 989, 494, 450, "hopper", 132, 50, 1.98),
+    "h200": Card("NVIDIA H200", 140.4, 4800, 989, 494, 450, "hopper", 132, 50, 1.98),
     "a100-80": Card("NVIDIA A100-SXM4-80GB", 80.0, 2039, 312, 156, 300, "ampere", 108, 40, 1.41),
     "a100-40": Card("NVIDIA A100-SXM4-40GB", 40.0, 1555, 312, 156, 300, "ampere", 108, 40, 1.41),
     "l40s": Card("NVIDIA L40S", 45.0, 864, 362, 183, 32, "ada", 142, 96, 2.52),

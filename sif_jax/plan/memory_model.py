@@ -13,7 +13,7 @@ from sif_jax.config import GrpoConfig, SftConfig, TrainConfig
 from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from sif_jax.ops.attention_backends import LOGITS_BYTES as ATTENTION_BYTES
-from sif_jax.ops.loss import LOGITS_BYTES, MIN_CHUNKS
+from sif_jax.ops.loss import chunk_rows
 from sif_jax.plan.model_size import ModelSize
 
 FLOAT32 = 4
@@ -228,8 +228,7 @@ def _vision_backward(config: TrainConfig, model: Qwen2_5_VLConfig, shape: Shape,
 
 
 def _loss(tokens: float, vocab: int, tensor: int) -> float:
-    rows = max(min(math.ceil(tokens / MIN_CHUNKS), LOGITS_BYTES // (FLOAT32 * vocab)), 1)
-    return LOGITS_COPIES * FLOAT32 * rows * vocab / tensor
+    return LOGITS_COPIES * FLOAT32 * chunk_rows(math.ceil(tokens), vocab) * vocab / tensor
 
 
 def _batch(model: Qwen2_5_VLConfig, shape: Shape) -> float:

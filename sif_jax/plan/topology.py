@@ -116,7 +116,7 @@ def check_compiler(topology: Topology) -> None:
       InputError: the compiler for these devices is not installed, or is another jax's.
     """
     if topology.platform == "gpu":
-        if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        if not any(importlib.util.find_spec(plugin) for plugin in ("jax_cuda12_plugin", "jax_cuda13_plugin")):
             fix = "pip install 'sif_jax[plan-gpu]'"
             raise InputError("the compiler for GPUs is not installed", value=topology.name, fix=fix)
         return

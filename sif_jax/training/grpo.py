@@ -238,7 +238,9 @@ def refer(reference: Reference | None, completions: Completions, config: GrpoCon
     if reference is None:
         return None
     parts = [
-        reference_logprobs(*reference, rows.batch, rows.features, rows.ids, temperature=config.temperature)
+        reference_logprobs(
+            *reference, rows.batch, rows.features, rows.ids, rows.token_mask, temperature=config.temperature
+        )
         for rows in split_rows(completions, config.micro_batch)
     ]
     return join_rows(parts)
@@ -279,6 +281,7 @@ def make_gradients(
                 sampled.batch,
                 sampled.features,
                 sampled.ids,
+                sampled.token_mask,
                 temperature=config.temperature,
                 key=key if dropout else None,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sif_jax.models.qwen2_5_vl.model import Batch, Qwen2_5_VL
 from sif_jax.ops.loss import chunked_logprobs
@@ -27,8 +27,8 @@ def next_token_loss(
     """Summed negative log-likelihood of the target tokens, each predicted from the token before it."""
     hidden = model.hidden(batch, key, packed=packed)[:, :-1]
     targets, mask = batch["tokens"][:, 1:], batch["loss_mask"][:, 1:]
-    logprobs, _ = chunked_logprobs(hidden.reshape(-1, hidden.shape[-1]), model.head(), targets.reshape(-1))
     mask = mask.reshape(-1)
+    logprobs, _ = chunked_logprobs(hidden.reshape(-1, hidden.shape[-1]), model.head(), targets.reshape(-1), mask > 0)
     nll = -jnp.sum(logprobs * mask)
     return nll, TokenSums(nll, jnp.sum(mask * (logprobs > jnp.log(0.5))), mask.sum())
 
@@ -38,13 +38,15 @@ def completion_logprobs(
     batch: Batch,
     features: Shaped[Array, "P I D"] | None,
     ids: Int[Array, "P M T"],
+    token_mask: Bool[Array, "P M T"] | None = None,
     *,
     temperature: float,
     key: Array | None = None,
 ) -> tuple[Float[Array, "P M T"], Float[Array, "P M T"]]:
     """Log-probabilities of the completions of each prompt, and the entropy at each of their tokens, in nats.
 
-    The prompt runs once per group; `features` are the prompt's image features when the vision tower is frozen.
+    The prompt runs once per group; `features` are the prompt's image features when the vision tower is frozen. What is said of
+    tokens outside `token_mask` means nothing; without one, all count.
     """
     prompts, samples, length = ids.shape
     real = batch["segments"] > 0
@@ -63,6 +65,10 @@ def completion_logprobs(
     before = jnp.broadcast_to(last[:, None], (prompts, samples, 1, last.shape[-1]))
     hidden = jnp.concatenate([before, hidden[:, :, :-1]], axis=2)
     logprobs, entropy = chunked_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]), model.head(), ids.reshape(-1), temperature=temperature
+        hidden.reshape(-1, hidden.shape[-1]),
+        model.head(),
+        ids.reshape(-1),
+        None if token_mask is None else token_mask.reshape(-1),
+        temperature=temperature,
     )
     return logprobs.reshape(ids.shape), entropy.reshape(ids.shape)

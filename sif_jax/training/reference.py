@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sif_jax.models.qwen2_5_vl.lora import linear_layers
 from sif_jax.models.qwen2_5_vl.model import Batch, Qwen2_5_VL
@@ -42,7 +42,9 @@ def reference_logprobs(
     batch: Batch,
     features: Shaped[Array, "P I D"] | None,
     ids: Int[Array, "P M T"],
+    token_mask: Bool[Array, "P M T"] | None = None,
     *,
     temperature: float,
 ) -> Float[Array, "P M T"]:
-    return completion_logprobs(nnx.merge(graphdef, *states), batch, features, ids, temperature=temperature)[0]
+    model = nnx.merge(graphdef, *states)
+    return completion_logprobs(model, batch, features, ids, token_mask, temperature=temperature)[0]
