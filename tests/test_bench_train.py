@@ -21,6 +21,7 @@ from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from sif_jax.training.sft import make_gradients
 from tests.checkpoints import tiny_checkpoint
+from tests.worker_faults import die, fail
 
 SIZES = {
     "image_px": (56, 56),
@@ -98,16 +99,6 @@ def test_the_command_prints_a_table_and_a_line_of_json(config):
     assert own["mfu"] == pytest.approx(figures["stages"]["sft"]["flops"] / own["seconds"] / own["peak_flops"])
     assert 0 < own["seconds"] < own["warm_first_step_seconds"] < own["first_step_seconds"]
     assert any(line.startswith("| sft | sif_jax |") for line in lines)
-
-
-def fail() -> None:
-    raise InputError("no such thing", value=3)
-
-
-def die() -> None:
-    import os
-
-    os._exit(9)
 
 
 def test_what_goes_wrong_in_a_worker_is_one_error_here():

@@ -11,6 +11,8 @@ from sif_jax.cli import main
 from sif_jax.config import HacksBenchConfig
 from sif_jax.judge.rule import rule_score
 
+pytestmark = pytest.mark.xdist_group("hacks")  # what its fixtures train, they train once
+
 ALL = [(family, trick) for family, members in TRICKS.items() for trick in members]
 ROUNDING = 1e-4
 

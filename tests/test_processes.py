@@ -79,8 +79,12 @@ def test_processes_train_what_one_does(tmp_path, stage, count, options):
             "started with different run.seed; got '1 in process 1'; expected 0, as in process 0",
             id="different configs",
         ),
-        pytest.param("sft", ["mesh.tensor=3"], "the mesh does not divide the devices", id="devices"),
-        pytest.param("eval", ["run.root=/proc/none"], "cannot write the results", id="nowhere to write"),
+        pytest.param(
+            "sft", ["mesh.tensor=3"], "the mesh does not divide the devices", id="devices", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "eval", ["run.root=/proc/none"], "cannot write the results", id="nowhere to write", marks=pytest.mark.slow
+        ),
         pytest.param("sft", ["run.root=/proc/none"], "cannot create the run", id="no run", marks=pytest.mark.slow),
         pytest.param(
             "eval", ["mesh.tensor=2"], "mesh.tensor does not divide the 1 num_key", id="heads", marks=pytest.mark.slow
@@ -171,7 +175,7 @@ FAULTS = {
     "disk@0": "cannot write a checkpoint (File too large); the earlier ones are intact",
     "disk@1": "cannot write a checkpoint (File too large); the earlier ones are intact",
 }
-FAST = ["image@1", "freeze@1"]
+FAST = ["image@1"]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from tests.test_score import LEFT, record
 from tests.test_sft import interrupt
 from tests.tiny_run import tiny_config
 
+pytestmark = pytest.mark.xdist_group("progress_term")  # what its fixtures train, they train once
+
 SAMPLES = 3
 # Six prompts, two a step in accumulated halves: three shuffled visits to each.
 SETTINGS = ["data.limit=6", "prompts_per_step=2", "micro_batch=1", f"num_samples={SAMPLES}", "max_steps=9"]

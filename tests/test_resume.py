@@ -13,6 +13,8 @@ from sif_jax.config import GrpoConfig, SftConfig, config_text
 from tests.resumable_run import start
 from tests.tiny_run import assert_same_weights, measured, tiny_config, weights
 
+pytestmark = pytest.mark.xdist_group("resume")  # what its fixtures train, they train once
+
 KINDS = {"sft": SftConfig, "grpo": GrpoConfig}
 KILLS = 20
 
@@ -90,7 +92,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path, stage, most_ste
 
 KILL_POINTS = [
     pytest.param("sft", "save:2:SIGKILL", id="sft, while its second checkpoint is written"),
-    pytest.param("grpo", "rollout:3:SIGKILL", id="grpo, in a rollout"),
+    pytest.param("grpo", "rollout:3:SIGKILL", id="grpo, in a rollout", marks=pytest.mark.slow),
 ]
 
 
@@ -123,7 +125,9 @@ def test_a_kill_in_the_middle_changes_nothing(tmp_path, never_killed, stage, hoo
 @pytest.mark.parametrize(
     ("stage", "hook", "step"),
     [
-        pytest.param("sft", "log:2:SIGTERM", 2, id="sft, in its second step, which is finished"),
+        pytest.param(
+            "sft", "log:2:SIGTERM", 2, id="sft, in its second step, which is finished", marks=pytest.mark.slow
+        ),
         pytest.param("grpo", "rollout:4:SIGTERM", 1, id="grpo, in its second rollout, which is given up"),
     ],
 )
