@@ -6,6 +6,7 @@ no row of a softmax is empty.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, cast
@@ -31,6 +32,7 @@ Backend = Literal["xla", "splash", "cudnn"]
 # The float32 logits of one row that XLA may hold at once; a longer row is computed some queries at a time. It counts one
 # row, not the batch, because rows are spread over devices.
 LOGITS_BYTES = 128 * 2**20
+CAUSAL_PARTS, CAUSAL_QUERIES = 4, 128  # of a short row, at most and at least: 5/8 of the products, which stay large
 SPLASH_BLOCK = 512
 QUERY = ("batch", None, "attention", None)
 KEY = ("batch", "attention", None, None)
@@ -62,12 +64,24 @@ def self_attention(
 
 
 def _xla(q: Array, k: Array, v: Array, segments: Array, causal: bool, packed: bool) -> Array:
-    """One product for a short row; for a long one a loop over chunks of queries, computed again in the backward pass."""
+    """A few products for a short row, of causal queries each with the keys up to its last; for a long one a loop over chunks
+    of queries, computed again in the backward pass."""
     batch, length, heads, _ = q.shape
     index = jnp.arange(length)
     count = _ceil(4 * heads * length**2, LOGITS_BYTES)
     if count <= 1:
-        return attention(q, k, v, _visible(segments, index, segments, causal))
+        parts = max(min(CAUSAL_PARTS, length // CAUSAL_QUERIES), 1) if causal else 1
+        bounds = [length * part // parts for part in range(parts + 1)]
+        outs = [
+            attention(
+                q[:, begin:end],
+                k[:, :, :end],
+                v[:, :, :end],
+                _visible(segments[:, begin:end], index[begin:end], segments[:, :end], causal),
+            )
+            for begin, end in itertools.pairwise(bounds)
+        ]
+        return jnp.concatenate(outs, axis=1)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def attend(part):
