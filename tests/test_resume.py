@@ -13,7 +13,7 @@ from sif_jax.config import GrpoConfig, SftConfig, config_text
 from tests.resumable_run import start
 from tests.tiny_run import assert_same_weights, measured, tiny_config, weights
 
-pytestmark = pytest.mark.xdist_group("resume")  # what its fixtures train, they train once
+beside_never_killed = pytest.mark.xdist_group("never killed")  # so that the fixture is made once
 
 KINDS = {"sft": SftConfig, "grpo": GrpoConfig}
 KILLS = 20
@@ -111,6 +111,7 @@ FOUR_STEPS = {
 }
 
 
+@beside_never_killed
 @pytest.mark.parametrize(("stage", "hook"), KILL_POINTS)
 def test_a_kill_in_the_middle_changes_nothing(tmp_path, never_killed, stage, hook):
     config = written(stage, tmp_path / stage, *FOUR_STEPS[stage])
@@ -122,6 +123,7 @@ def test_a_kill_in_the_middle_changes_nothing(tmp_path, never_killed, stage, hoo
     assert_same_run(tmp_path / stage / "run", never_killed[stage], "checkpoints/*")
 
 
+@beside_never_killed
 @pytest.mark.parametrize(
     ("stage", "hook", "step"),
     [
