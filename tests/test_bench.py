@@ -54,6 +54,7 @@ def test_remat_prints_a_table_the_machine_and_a_line_of_json(architecture):
     assert 1 < recomputed[1] < recomputed[2] < 2
 
 
+@pytest.mark.slow
 def test_compiling_alone_measures_memory_and_no_time_and_json_prints_one_line(architecture):
     figures, lines = figures_of("remat", architecture, *SMALL, "dtype=bfloat16", "--compile-only", "--json")
     assert len(lines) == 1

@@ -71,6 +71,7 @@ def vision_tower(depth: int) -> jax.stages.Lowered:
     return jax.jit(lambda states, batch: nnx.merge(graphdef, *states).image_features(batch)).lower(states, batch)
 
 
+@pytest.mark.slow
 def test_80_decoder_layers_compile_as_fast_as_28(measured):
     measured("compile time of an SFT step, 80 layers over 28", ratio(sft_step, 28, 80), at_most=1.5)
 
@@ -79,5 +80,6 @@ def test_a_decoding_step_of_80_layers_compiles_as_fast_as_one_of_28(measured):
     measured("compile time of a decoding step, 80 layers over 28", ratio(decode_step, 28, 80), at_most=1.5)
 
 
+@pytest.mark.slow
 def test_92_vision_blocks_compile_as_fast_as_32(measured):
     measured("compile time of the vision tower, 92 blocks over 32", ratio(vision_tower, 32, 92), at_most=1.5)

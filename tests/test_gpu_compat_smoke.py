@@ -180,6 +180,7 @@ def smoke(*arguments: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=root, env=os.environ | cache | env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_command_measures_two_simulated_cpu_devices():
     done = smoke("--platform", "cpu", "--json", XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert done.returncode == 0, done.stderr

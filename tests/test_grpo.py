@@ -144,6 +144,7 @@ def test_on_policy_nothing_is_clipped_and_the_kl_starts_at_zero(tmp_path):
     assert first["judge"] == pytest.approx(0.5, abs=0.35)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_every_step_says_how_far_sampler_and_trainer_drift_apart(tmp_path):
     rows = read_metrics(train(tmp_path, "max_steps=2", "model.dtype=bfloat16", "lora={rank: 2, dropout: 0.0}"))
     assert len(rows) == 2
