@@ -6,6 +6,8 @@ import itertools
 
 import orbax.checkpoint as ocp
 
+from sif_jax.parallel.distributed import gather_json
+
 TIMEOUT_MS = 1_200_000  # as Orbax's own: what the slowest process may need for its part
 NUMBERS = itertools.count()  # of the barriers that a process has made, which are the same on all
 
@@ -37,6 +39,7 @@ class SaveBarrier:
     def give_up(self, *, failed: bool) -> None:
         """All processes call it once they know that one has failed; those that have free the others."""
         self._given_up = True
+        gather_json(None)  # all know it before one is freed, or that one would go on
         if failed:
             self._number += 1
             self._wait(key=f"{self._name}_{self._number}", timeout_ms=TIMEOUT_MS)
