@@ -31,14 +31,12 @@ def _find(words: Sequence[str]) -> tuple[click.Command, list[str]]:
     command: click.Command = cli
     rest = list(words)
     while isinstance(command, click.Group):
+        known = f"one of {', '.join(sorted(command.commands))}"
         if not rest:
-            known = ", ".join(sorted(command.commands))
             fix = "add it, as in sft configs/paper/sft.yaml"
-            raise InputError("no command to launch", file="command line", expected=f"one of {known}", fix=fix)
-        word, known = rest.pop(0), command.commands
-        if word not in known:
-            raise InputError(
-                "unknown command", file="command line", value=word, expected=f"one of {', '.join(sorted(known))}"
-            )
-        command = known[word]
+            raise InputError("no command to launch", file="command line", expected=known, fix=fix)
+        word = rest.pop(0)
+        if word not in command.commands:
+            raise InputError("unknown command", file="command line", value=word, expected=known)
+        command = command.commands[word]
     return command, rest

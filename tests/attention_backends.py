@@ -9,13 +9,15 @@ import pytest
 from sif_jax.ops import attention_backends
 
 on_a_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
-RUNNABLE = ["xla", "xla in chunks", "splash", pytest.param("cudnn", marks=on_a_gpu)]
+RUNNABLE = ["xla", "xla in parts", "xla in chunks", "splash", pytest.param("cudnn", marks=on_a_gpu)]
 
 
 @contextmanager
 def traced_as(name: str) -> Iterator[None]:
-    """Sizes with which short rows take the way of long ones: chunks of XLA's queries, several of splash's blocks."""
+    """Sizes with which short rows take the way of long ones: parts and chunks of XLA's queries, several of splash's blocks."""
     with pytest.MonkeyPatch.context() as patch:
+        if name == "xla in parts":
+            patch.setattr(attention_backends, "CAUSAL_QUERIES", 10)
         if name == "xla in chunks":
             patch.setattr(attention_backends, "LOGITS_BYTES", 2**14)
         patch.setattr(attention_backends, "SPLASH_BLOCK", 128)

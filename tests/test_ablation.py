@@ -23,7 +23,7 @@ from tests.conftest import ROOT
 from tests.report_runs import write_evaluation
 from tests.tiny_run import FILES, tiny_config
 
-pytestmark = pytest.mark.xdist_group("ablation")  # what its fixtures train, they train once
+pytestmark = pytest.mark.xdist_group("ablation")  # its fixtures are slow: made once, not by each worker
 
 STEPS = {SftConfig: ["max_steps=2"], GrpoConfig: ["max_steps=1"], EvalConfig: ["data.limit=6"]}
 VARIANTS = """{

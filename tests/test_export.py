@@ -22,7 +22,7 @@ from tests.checkpoints import torch_model
 from tests.test_model_parity import MESSAGES, torch_inputs
 from tests.tiny_run import assert_same_weights, tiny_config, tiny_files
 
-pytestmark = pytest.mark.xdist_group("export")  # what its fixtures train, they train once
+pytestmark = pytest.mark.xdist_group("export")  # its fixtures are slow: made once, not by each worker
 
 LORA = ["lora={rank: 4, alpha: 8}", "freeze_vision=false", "optimizer.learning_rate=1.0e-2"]
 

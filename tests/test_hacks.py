@@ -11,7 +11,7 @@ from sif_jax.cli import main
 from sif_jax.config import HacksBenchConfig
 from sif_jax.judge.rule import rule_score
 
-pytestmark = pytest.mark.xdist_group("hacks")  # what its fixtures train, they train once
+pytestmark = pytest.mark.xdist_group("hacks")  # its fixtures are slow: made once, not by each worker
 
 ALL = [(family, trick) for family, members in TRICKS.items() for trick in members]
 ROUNDING = 1e-4

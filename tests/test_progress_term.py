@@ -18,7 +18,7 @@ from tests.test_score import LEFT, record
 from tests.test_sft import interrupt
 from tests.tiny_run import tiny_config
 
-pytestmark = pytest.mark.xdist_group("progress_term")  # what its fixtures train, they train once
+pytestmark = pytest.mark.xdist_group("progress_term")  # its fixtures are slow: made once, not by each worker
 
 SAMPLES = 3
 # Six prompts, two a step in accumulated halves: three shuffled visits to each.

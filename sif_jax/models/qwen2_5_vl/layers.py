@@ -45,23 +45,23 @@ class Linear(nnx.Module):
         # Split where they are kept and whole where they are used: they are small, and no activation takes on their split.
         a, b = (constrain(factor[...].astype(x.dtype), None, None) for factor in (self.lora_a, self.lora_b))
         low = checkpoint_name(jnp.matmul(x, a), LOW_RANK)
-        return checkpoint_name(y + _raised(self.lora_alpha / low.shape[-1] * low, b), LINEAR)
+        return checkpoint_name(y + _up_project(self.lora_alpha / low.shape[-1] * low, b), LINEAR)
 
 
 @jax.custom_vjp
-def _raised(low: Shaped[Array, "*batch R"], b: Shaped[Array, "R d_out"]) -> Shaped[Array, "*batch d_out"]:
-    """low b. Left to JAX, b's gradient is a product that XLA reads the wide cotangent transposed for: on CPU a copy of it, a
-    third of a training step."""
+def _up_project(low: Shaped[Array, "*batch R"], b: Shaped[Array, "R d_out"]) -> Shaped[Array, "*batch d_out"]:
+    """low b, from the rank to the width. Left to JAX, b's gradient is a product that XLA reads the wide cotangent transposed
+    for: on CPU a copy of it, a third of a training step."""
     return jnp.matmul(low, b)
 
 
-def _raised_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+def _up_project_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     low, b = kept
     rows, wide = low.reshape(-1, low.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
     return jnp.einsum("...d,rd->...r", cotangent, b), jnp.einsum("mr,md->rd", rows, wide)
 
 
-_raised.defvjp(lambda low, b: (_raised(low, b), (low, b)), _raised_backward)
+_up_project.defvjp(lambda low, b: (_up_project(low, b), (low, b)), _up_project_backward)
 
 
 def _aligned(vector: Shaped[Array, "D"], x: Shaped[Array, "*batch D"]) -> Shaped[Array, "*ones D"]:
