@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -46,12 +47,15 @@ def memory_gbps(device: Device, sizes: Sizes) -> float:
 
 
 def matmul_tflops(device: Device, sizes: Sizes, dtype: str, precision: str | None = None) -> float:
-    """2 n³ operations of one square product, TFLOP/s."""
+    """2 n³ operations of one square product, TFLOP/s.
+
+    Both factors are arguments: XLA compiles a program around a constant of this size for minutes.
+    """
     side = sizes.matmul
     weights = np.random.default_rng(0).normal(size=(side, side), scale=side**-0.5).astype(np.float32)
     w = jax.device_put(jnp.asarray(weights, dtype), device)
-    product = jax.jit(lambda x: jnp.matmul(x, w, precision=precision))
-    return 2 * side**3 / seconds_per_call(product, w) / 1e12
+    product = jax.jit(partial(jnp.matmul, precision=precision))
+    return 2 * side**3 / seconds_per_call(lambda x: product(x, w), w) / 1e12
 
 
 def all_reduce_gbps(devices: Sequence[Device], sizes: Sizes) -> float:

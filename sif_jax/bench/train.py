@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -77,7 +78,9 @@ def _stage(config: TrainBenchConfig, stage: Stage, files: tuple[Path, Path], cac
     from sif_jax.bench.train_transformers import TransformersTraining
 
     arguments = (config, *files, stage)
-    openers: dict[str, Opener] = {OURS: lambda worker: worker.open(OurTraining, *arguments, cache=cache)}
+    openers: dict[str, Opener] = {
+        OURS: lambda worker: worker.open(OurTraining, *arguments, cache=cache, alone=not config.in_turns)
+    }
     if against == "hf":
         openers[THEIRS] = lambda worker: worker.open(TransformersTraining, *arguments)
     groups = [openers] if config.in_turns else [{name: opener} for name, opener in openers.items()]
@@ -98,13 +101,22 @@ def _timed(openers: dict[str, Opener], steps: int) -> dict[str, Figures]:
     """Figures of each engine; those given together take turns."""
     with ExitStack() as stack:
         workers = {name: opener(stack.enter_context(Worker(name))) for name, opener in openers.items()}
-        firsts = {name: worker.step() for name, worker in workers.items()}
+        firsts = {name: _told(f"{name}, first step", worker.step()) for name, worker in workers.items()}
         warm = {OURS: workers[OURS].forget_programs().step().seconds} if OURS in workers else {}
-        turns = [{name: worker.step().seconds for name, worker in workers.items()} for _ in range(steps)]
+        turns = [
+            {name: _told(f"{name}, step {turn + 1}", worker.step()).seconds for name, worker in workers.items()}
+            for turn in range(steps)
+        ]
         return {
             name: _figures(firsts[name], [turn[name] for turn in turns], worker.figures(), warm.get(name))
             for name, worker in workers.items()
         }
+
+
+def _told(what: str, timed: Timed) -> Timed:
+    """Said at once: what a bench that is stopped has measured is not lost."""
+    print(f"{what}: {timed.seconds:.3f} s", file=sys.stderr)
+    return timed
 
 
 def _figures(first: Timed, seconds: list[float], told: dict[str, Any], warm: float | None) -> Figures:

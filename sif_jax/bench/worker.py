@@ -66,9 +66,15 @@ class Worker:
                 fix="see what it said above; use a smaller batch, or remat",
             ) from None
 
-    def open(self, make: Callable[..., Engine], *arguments: Any, cache: Path | None = None) -> Worker:
-        """Keep `make(*arguments)` there as its engine; `cache` is JAX's directory of compiled programs."""
-        self.run(_open, cache, make, arguments)
+    def open(
+        self, make: Callable[..., Engine], *arguments: Any, cache: Path | None = None, alone: bool = False
+    ) -> Worker:
+        """Keep `make(*arguments)` there as its engine.
+
+        `cache` is JAX's directory of compiled programs; `alone`: no other engine is on the device, whose memory JAX may then
+        take at its start, as it does in training.
+        """
+        self.run(_open, cache, alone, make, arguments)
         return self
 
     def forget_programs(self) -> Worker:
@@ -86,8 +92,9 @@ class Worker:
 _engines: list[Engine] = []  # of this process: one
 
 
-def _open(cache: Path | None, make: Callable[..., Engine], arguments: tuple[Any, ...]) -> None:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other engine is on the same device
+def _open(cache: Path | None, alone: bool, make: Callable[..., Engine], arguments: tuple[Any, ...]) -> None:
+    if not alone:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if cache is not None:
         import jax
 
