@@ -50,7 +50,12 @@ def files(config, tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "changes"), [("sft", {}), ("grpo", {"micro_batch": 1, "hf_rows": 2, "remat": "dots"})]
+    ("stage", "changes"),
+    [
+        ("sft", {}),
+        ("sft", {"rows": 4, "min_tokens": 16}),
+        ("grpo", {"micro_batch": 1, "hf_rows": 2, "remat": "dots"}),
+    ],
 )
 def test_both_engines_take_the_same_steps(config, files, stage, changes):
     """Loss and gradient norm, which is that of both factors of every layer, of two steps: the second follows an update."""
@@ -73,6 +78,18 @@ def test_the_flops_are_those_of_the_traced_program(config):
     expected = step_flops(architecture, work, rank=config.lora_rank)
     assert vision_flops(architecture, work) < 0.5 * expected
     assert traced_flops == pytest.approx(expected, rel=0.05)
+
+
+def test_examples_of_unequal_length_are_packed_for_us_and_padded_for_them(config):
+    config = config.model_copy(update={"rows": 4, "min_tokens": 16})
+    work = make_work(config, Qwen2_5_VLConfig.from_directory(tiny_checkpoint()), "sft")
+    assert work.packed is not None
+    padded, packed = work.batch["segments"], work.packed["segments"]
+    assert sorted((padded > 0).sum(-1)) == [16, 27, 37, 48]
+    assert (packed.shape, packed.max()) == ((3, 48), 2)
+    assert work.tokens == (packed > 0).sum() == 16 + 27 + 37 + 48
+    for name in ("loss_mask", "patches"):
+        assert work.batch[name].sum() == pytest.approx(work.packed[name].sum(), rel=1e-5)
 
 
 def test_grpo_counts_real_tokens_once_and_the_prompts_once_per_group(config):
@@ -113,6 +130,7 @@ def test_what_goes_wrong_in_a_worker_is_one_error_here():
     [
         (["micro_batch=3"], "micro_batch leaves a rest; got 3; expected a divisor of 2"),
         (["hf_rows=5"], "hf_rows leaves a rest; got 5; expected a divisor of 16"),
+        (["min_tokens=1025"], "min_tokens is above tokens; got 1025; expected at most 1024"),
         (["min_new_tokens=300"], "min_new_tokens is above max_new_tokens; got 300; expected at most 256"),
     ],
 )

@@ -16,12 +16,12 @@ from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig
 
 def step_flops(config: Qwen2_5_VLConfig, work: TrainWork, *, rank: int) -> int:
     """Of an SFT step, or of a GRPO update: image features, the reference's log-probabilities, and the gradient."""
-    rows, length = work.batch["tokens"].shape
-    spans = [(length, length)] * rows
+    lengths = [int(length) for length in (work.batch["segments"] > 0).sum(-1)]
+    spans = [(length, length) for length in lengths]
     predicted = int((work.batch["loss_mask"][:, 1:] > 0).sum())
     if work.completed is not None:
-        completions = work.completed.mask.sum(-1).reshape(-1)
-        spans += [(int(own), length + int(own)) for own in completions]
+        completions = work.completed.mask.sum(-1)
+        spans += [(int(new), length + int(new)) for length, own in zip(lengths, completions) for new in own]
         predicted = int(completions.sum())
     frozen = _frozen(config.text, spans) + 2 * predicted * config.text.hidden_size * config.text.vocab_size
     attention, adapters = _attention(config.text, spans), _adapters(config.text, spans, rank)

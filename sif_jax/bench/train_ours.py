@@ -74,7 +74,9 @@ class OurTraining:
         self._apply = make_apply(optimizer, where)
         self._key = jax.random.key(config.seed)
         if stage == "sft":
-            self._gradients = sft.make_gradients(self._graphdef, dropout=False, packed=False, shardings=where)
+            self._gradients = sft.make_gradients(
+                self._graphdef, dropout=False, packed=self._work.packed is not None, shardings=where
+            )
         else:
             self._grpo = grpo_config(config)
             self._reference = reference_of(self._graphdef, trainable, self._frozen)
@@ -88,7 +90,7 @@ class OurTraining:
 
     def _step(self) -> Stepped:
         if self._work.completed is None:
-            batch = shard_rows(self._work.batch, self._mesh)
+            batch = shard_rows(self._work.packed or self._work.batch, self._mesh)
             gradients, sums = self._gradients(None, self._state.trainable, self._frozen, batch, self._key)
             loss, count = sums.nll, sums.tokens
         else:

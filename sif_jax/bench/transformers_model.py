@@ -36,14 +36,15 @@ def load_transformers(checkpoint: Path, dtype: str) -> Any:
 def prompt_inputs(
     batch: dict[str, np.ndarray], config: Qwen2_5_VLConfig, *, copies: int = 1, rows: slice = slice(None)
 ) -> dict[str, np.ndarray]:
-    """Inputs by their names in transformers, each row `copies` times; rows that are full, of images and text."""
+    """Inputs by their names in transformers, each row `copies` times; one example a row, padded at its end, all with images
+    of the same size."""
     vision, tokens = config.vision, batch["tokens"][rows]
-    assert (batch["segments"] > 0).all()
+    assert (batch["patch_segments"] > 0).all()
     positions, segments = batch["patch_positions"][rows], batch["patch_segments"][rows]
     grids = [_grids(*row) for row in zip(positions, segments, strict=True)]
     arrays = {
         "input_ids": tokens.astype(np.int64),
-        "attention_mask": np.ones(tokens.shape, np.int64),
+        "attention_mask": (batch["segments"][rows] > 0).astype(np.int64),
         "mm_token_type_ids": (tokens == config.image_token_id).astype(np.int64),
         "pixel_values": batch["patches"][rows],
         "image_grid_thw": np.array(grids, np.int64),

@@ -1,15 +1,15 @@
-"""A gradient step to measure: a model known by its shapes alone, and a batch of two images per row (pure)."""
+"""A gradient step to measure: a model known by its shapes alone, and examples with two images each (pure)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from sif_jax.config import BucketsConfig, LoraConfig
-from sif_jax.data.batch import Collator
+from sif_jax.data.batch import Collator, RowFiller
 from sif_jax.data.example import Example
 from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -20,7 +20,7 @@ from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from sif_jax.ops.scan import Remat
 
 PolicyState = tuple[nnx.GraphDef, nnx.State, nnx.State]
-IMAGES_PER_ROW = 2
+IMAGES_PER_EXAMPLE = 2
 
 
 def abstract_policy(
@@ -65,34 +65,61 @@ def random_batch(
     Raises:
       InputError: the images leave no room for text, or their sides are not whole merged patches.
     """
+    return in_rows(config, random_examples(config, [tokens] * rows, image_px=image_px), tokens=tokens)
+
+
+def random_examples(
+    config: Qwen2_5_VLConfig, lengths: Sequence[int], *, image_px: tuple[int, int]
+) -> tuple[Example, ...]:
+    """One example of so many tokens each, as in `random_batch`.
+
+    Raises:
+      InputError: the images leave no room for text, or their sides are not whole merged patches.
+    """
     vision, rng = config.vision, np.random.default_rng(0)
     odd = [side for side in image_px if side % (vision.patch_size * vision.spatial_merge_size)]
     if odd:
         raise InputError("image_px is not a whole number of merged patches", value=odd[0], expected="a multiple of 28")
     width, height = (side // vision.patch_size for side in image_px)
-    grid, patches = (height, width), IMAGES_PER_ROW * height * width
+    grid = (height, width)
     shown = [
         config.vision_start_token_id,
         *[config.image_token_id] * (height * width // vision.merge_unit),
         config.vision_end_token_id,
-    ] * IMAGES_PER_ROW
-    if len(shown) >= tokens:
-        raise InputError("the images fill the row", value=f"tokens={tokens}", expected=f"more than {len(shown)}")
+    ] * IMAGES_PER_EXAMPLE
+    if len(shown) >= min(lengths):
+        raise InputError("the images fill the row", value=f"tokens={min(lengths)}", expected=f"more than {len(shown)}")
 
-    def example(index: int) -> Example:
-        text = rng.integers(0, config.text.vocab_size - 1, tokens - len(shown))
+    def example(index: int, length: int) -> Example:
+        text = rng.integers(0, config.text.vocab_size - 1, length - len(shown))
         ids = np.array([*shown, *(text + (text >= config.image_token_id))], np.int32)
         positions = mrope_positions(
-            ids, [grid] * IMAGES_PER_ROW, image_token_id=config.image_token_id, merge_size=vision.spatial_merge_size
+            ids, [grid] * IMAGES_PER_EXAMPLE, image_token_id=config.image_token_id, merge_size=vision.spatial_merge_size
         )
         images = tuple(
             PatchedImage(rng.standard_normal((height * width, vision.patch_dim), np.float32), grid)
-            for _ in range(IMAGES_PER_ROW)
+            for _ in range(IMAGES_PER_EXAMPLE)
         )
-        mask = (np.arange(tokens) >= len(shown)).astype(np.float32)
+        mask = (np.arange(length) >= len(shown)).astype(np.float32)
         return Example(ids, positions, mask, images, index)
 
-    collate = Collator(
+    return tuple(example(index, length) for index, length in enumerate(lengths))
+
+
+def in_rows(
+    config: Qwen2_5_VLConfig, examples: Sequence[Example], *, tokens: int, pack: bool = False
+) -> dict[str, np.ndarray]:
+    """Rows of `tokens` tokens: one per example, or as few as first-fit packing needs."""
+    filler = RowFiller(_collator(config, len(examples), tokens, sum(x.num_patches for x in examples)), pack=pack)
+    for each in examples:
+        filler.add(each)
+    patches = max(sum(x.num_patches for x in row) for row in filler.rows)
+    return _collator(config, len(filler.rows), tokens, patches)(filler.rows).arrays
+
+
+def _collator(config: Qwen2_5_VLConfig, rows: int, tokens: int, patches: int) -> Collator:
+    vision = config.vision
+    return Collator(
         buckets=BucketsConfig(tokens=(tokens,), patches=(patches,)),
         batch_size=rows,
         pad_id=0,
@@ -101,4 +128,3 @@ def random_batch(
         window_patches=vision.window_size // vision.patch_size,
         patch_dim=vision.patch_dim,
     )
-    return collate([[example(row)] for row in range(rows)]).arrays

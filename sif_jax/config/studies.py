@@ -129,8 +129,12 @@ class TrainBenchConfig(EnginesBenchConfig):
     stages: Annotated[tuple[Literal["sft", "grpo"], ...], Field(min_length=1)] = Field(
         default=("sft", "grpo"), description="which steps are measured"
     )
-    rows: PositiveInt = Field(default=4, description="SFT: rows of the batch")
-    tokens: PositiveInt = Field(default=1024, description="SFT: tokens per row, images included")
+    rows: PositiveInt = Field(default=4, description="SFT: examples of the batch")
+    tokens: PositiveInt = Field(default=1024, description="SFT: tokens of each example and of a row, images included")
+    min_tokens: PositiveInt | None = Field(
+        default=None,
+        description="SFT: the shortest example, others evenly up to tokens; ours packs them, transformers pads. null: all equal",
+    )
     prompts: PositiveInt = Field(default=2, description="GRPO: prompts of the update")
     samples: int = Field(default=8, ge=2, description="GRPO: completions of each prompt")
     prompt_tokens: PositiveInt = Field(default=278, description="GRPO: tokens of each prompt, images included")
@@ -157,4 +161,6 @@ class TrainBenchConfig(EnginesBenchConfig):
         ]:
             if part and whole % part:
                 raise InputError(f"{name} leaves a rest", value=part, expected=f"a divisor of {whole}")
+        if self.min_tokens and self.min_tokens > self.tokens:
+            raise InputError("min_tokens is above tokens", value=self.min_tokens, expected=f"at most {self.tokens}")
         return self
