@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -106,6 +107,22 @@ def test_conversations_are_encoded_as_transformers_does(directory, add_generatio
         if encoded.images:
             np.testing.assert_array_equal(np.concatenate([i.patches for i in encoded.images]), expected["pixel_values"])
             assert [(1, *i.grid_hw) for i in encoded.images] == [tuple(g) for g in expected["image_grid_thw"]]
+
+
+@pytest.mark.parametrize(
+    "named", [None, "Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast", "GPT2Tokenizer"]
+)
+def test_the_tokenizer_is_the_one_that_autotokenizer_loads(directory, tmp_path, named):
+    """Of the class that the directory names, or of the one that AutoTokenizer takes in its place."""
+    copy = shutil.copytree(directory, tmp_path / "copy")
+    file = copy / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    if named:
+        file.write_text(json.dumps(settings | {"tokenizer_class": named}))
+    ours, theirs = ChatProcessor.from_directory(copy).tokenizer, AutoTokenizer.from_pretrained(copy)
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.special_tokens_map == theirs.special_tokens_map
 
 
 def test_an_image_of_two_by_three_tokens_is_counted_by_hand(tiny):

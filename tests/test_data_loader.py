@@ -465,11 +465,11 @@ def test_no_records_are_refused():
         loader(num_records=0)
 
 
-def test_the_host_modules_and_the_loader_run_without_jax(image_root, chat):
+def test_the_host_modules_and_the_loader_run_without_jax_and_torch(image_root, chat):
     chat.save(image_root)
     script = """
 import sys
-sys.modules["jax"] = None
+sys.modules["jax"] = sys.modules["torch"] = None
 from pathlib import Path
 from sif_jax.config import BucketsConfig
 from sif_jax.data.batch import Collator

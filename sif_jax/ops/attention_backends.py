@@ -70,7 +70,7 @@ def _xla(q: Array, k: Array, v: Array, segments: Array, causal: bool, packed: bo
     index = jnp.arange(length)
     count = _ceil(4 * heads * length**2, LOGITS_BYTES)
     if count <= 1:
-        parts = max(min(CAUSAL_PARTS, length // CAUSAL_QUERIES), 1) if causal else 1
+        parts = causal_parts(length) if causal else 1
         bounds = [length * part // parts for part in range(parts + 1)]
         outs = [
             attention(
@@ -94,6 +94,11 @@ def _xla(q: Array, k: Array, v: Array, segments: Array, causal: bool, packed: bo
     chunks = (x.reshape(batch, count, size, *x.shape[2:]).swapaxes(0, 1) for x in (q, own))
     out = jax.lax.map(attend, (*chunks, jnp.arange(size * count).reshape(count, size)))
     return out.swapaxes(0, 1).reshape(q.shape)[:, :length]
+
+
+def causal_parts(length: int) -> int:
+    """Into how many parts the queries of a short causal row are cut."""
+    return max(min(CAUSAL_PARTS, length // CAUSAL_QUERIES), 1)
 
 
 def _visible(

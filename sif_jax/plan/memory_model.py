@@ -13,6 +13,7 @@ from sif_jax.config import GrpoConfig, SftConfig, TrainConfig
 from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from sif_jax.ops.attention_backends import LOGITS_BYTES as ATTENTION_BYTES
+from sif_jax.ops.attention_backends import causal_parts
 from sif_jax.ops.loss import chunk_rows
 from sif_jax.plan.model_size import ModelSize
 
@@ -146,7 +147,7 @@ def _rollout(config: GrpoConfig, model: Qwen2_5_VLConfig, shape: Shape) -> dict[
         "KV of prompts": kv_bytes(model, tokens, e) / shape.tensor,
         "KV of samples": CACHE_GROWTH * kv_bytes(model, generated * shape.new_tokens, e) / shape.tensor,
         "logits": 2 * FLOAT32 * generated * text.vocab_size / shape.tensor,
-        "working": max(prefill + _self_attention(text.num_attention_heads, shape), _vision_forward(model, shape, e)),
+        "working": max(prefill + _causal_attention(text.num_attention_heads, shape), _vision_forward(model, shape, e)),
         "batch": _batch(model, shape),
     }
 
@@ -162,10 +163,10 @@ def _layers_apart(config: GrpoConfig, model: Qwen2_5_VLConfig) -> float:
 def _backward(config: TrainConfig, model: Qwen2_5_VLConfig, shape: Shape) -> dict[str, float]:
     e, text = _itemsize(config), model.text
     tokens = shape.prompts * (shape.length + shape.samples * shape.new_tokens) / shape.sequence
-    attention = _self_attention(text.num_attention_heads, shape) + _group_attention(text.num_attention_heads, shape)
+    attention = _causal_attention(text.num_attention_heads, shape) + _group_attention(text.num_attention_heads, shape)
     layer = _layer_backward(tokens, text.intermediate_size / shape.tensor, text.hidden_size, attention, e)
     vision_kept, vision_layer = _vision_backward(config, model, shape, e)
-    whole = attention if _is_whole(text.num_attention_heads, shape) else 0.0
+    whole = attention if shape.samples or _fits_at_once(text.num_attention_heads, shape) else 0.0
     kept = _kept(config, model, tokens, shape.tensor, whole, e)
     return {
         "kept for backward": kept + vision_kept,
@@ -201,8 +202,14 @@ def _self_attention(heads: int, shape: Shape) -> float:
     return 0.0 if shape.fused else shape.prompts * FLOAT32 * own * shape.length * math.ceil(shape.length / parts)
 
 
-def _is_whole(heads: int, shape: Shape) -> bool:
-    return FLOAT32 * heads * shape.length**2 <= ATTENTION_BYTES or shape.samples > 0
+def _causal_attention(heads: int, shape: Shape) -> float:
+    """A row that is not chunked leaves out the keys that a part of its queries cannot see."""
+    parts = causal_parts(shape.length) if _fits_at_once(heads, shape) else 1
+    return _self_attention(heads, shape) * (parts + 1) / (2 * parts)
+
+
+def _fits_at_once(heads: int, shape: Shape) -> bool:
+    return FLOAT32 * heads * shape.length**2 <= ATTENTION_BYTES
 
 
 def _group_attention(heads: int, shape: Shape) -> float:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, SupportsIndex, cast
 import numpy as np
 from jaxtyping import Float32, Int32
 from PIL import Image
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.image_processor import ImageProcessor, PatchedImage, load_image
@@ -58,7 +58,7 @@ class ChatProcessor:
             raise InputError(
                 "no tokenizer here", file=directory, expected="a Hugging Face directory with tokenizer.json"
             )
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = _load_tokenizer(directory)
         return cls(
             tokenizer,
             ImageProcessor.from_directory(directory, **image_settings),
@@ -234,6 +234,24 @@ def _opened(image: object) -> Image.Image | np.ndarray:
     if isinstance(image, str | Path):
         return load_image(image)
     raise InputError("not an image", value=type(image).__name__, expected="a PIL image, a uint8 array or a path")
+
+
+TOKENIZERS = {
+    "Qwen2Tokenizer": Qwen2Tokenizer,
+    "Qwen2TokenizerFast": Qwen2Tokenizer,
+    "PreTrainedTokenizerFast": PreTrainedTokenizerFast,
+}
+
+
+def _load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """What `AutoTokenizer` loads, which takes seconds more: it imports PyTorch, where that is installed."""
+    file = directory / "tokenizer_config.json"
+    named = json.loads(file.read_text()).get("tokenizer_class") if file.is_file() else None
+    if named in TOKENIZERS:
+        return TOKENIZERS[named].from_pretrained(directory, local_files_only=True)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
 def _read_template(directory: Path, tokenizer: PreTrainedTokenizerFast) -> str:
