@@ -14,9 +14,10 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from sif_jax.ops.windows import permute
 from sif_jax.parallel.partition import constrain, num_shards
 
-# Float32 logits of one chunk: 441 rows of Qwen2.5-VL's vocabulary, above the 240 (TPU v5e) to 300 (H100) rows below which
+# Float32 logits of one chunk: 384 rows of Qwen2.5-VL's vocabulary, above the 240 (TPU v5e) to 300 (H100) rows below which
 # reading the head would take longer than multiplying by it.
 LOGITS_BYTES = 256 * 2**20
+TILE = 128  # rows that matrix units take at once; a rest costs them as much
 MIN_CHUNKS = 16  # however small the vocabulary, a chunk's logits are a sixteenth of [tokens, vocab]
 
 
@@ -65,7 +66,8 @@ def chunked_logprobs(
 
 def chunk_rows(count: int, vocab: int) -> int:
     """How many of `count` rows go through the head at once."""
-    return max(min(-(-count // MIN_CHUNKS), LOGITS_BYTES // (4 * vocab)), 1)
+    rows = max(min(-(-count // MIN_CHUNKS), LOGITS_BYTES // (4 * vocab)), 1)
+    return rows - rows % TILE if rows > TILE else rows
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
