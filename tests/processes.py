@@ -87,9 +87,9 @@ def damage_an_image() -> None:
 
 
 def fill_the_disk() -> None:
-    """No file may grow beyond a checkpoint's smallest."""
+    """No file may grow as large as one that every process writes into a checkpoint."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, -1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, -1))
 
 
 FAULTS: dict[str, Callable[[], None]] = {

@@ -236,9 +236,15 @@ def test_a_step_is_the_sum_of_its_programs_each_as_often_as_it_runs():
     assert step_time([Compiled(programs[0].program, memory, None, 0.0)], chip) is None
 
 
-def test_a_compiler_that_runs_out_of_memory_says_how_much_it_wanted():
-    error = RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.05G of 15.75G hbm.")
-    assert _too_large(error).peak == pytest.approx(23.05 * GIB)
+@pytest.mark.parametrize(
+    ("says", "gib"),
+    [
+        ("Ran out of memory in memory space hbm. Used 23.05G of 15.75G hbm.", 23.05),
+        ("the total memory required for HLO temporaries (1.50T) exceeds available HBM (15.75G).", 1536),
+    ],
+)
+def test_a_compiler_that_runs_out_of_memory_says_how_much_it_wanted(says, gib):
+    assert _too_large(RuntimeError(f"RESOURCE_EXHAUSTED: {says}")).peak == pytest.approx(gib * GIB)
     with pytest.raises(RuntimeError, match="INTERNAL"):
         _too_large(RuntimeError("INTERNAL: something else"))
 
@@ -348,7 +354,7 @@ def test_every_program_of_grpo_compiles_for_four_tpus(tiny_model):
 @NEEDS_LIBTPU
 @pytest.mark.slow
 def test_a_program_that_does_not_fit_a_tpu_is_told_and_what_would(tiny_model):
-    words = (SFT, "data.buckets.tokens=[65536]", "data.buckets.patches=[64]", "model.max_pixels=6272", "batch_size=64")
+    words = (SFT, "data.buckets.tokens=[65536]", "data.buckets.patches=[64]", "model.max_pixels=6272", "batch_size=256")
     result = run_plan(*words, "accumulation=1", "model.remat=none", "--topology", "v5e:2x2", "--model", tiny_model)
     assert result.returncode == 1, result.stderr
     assert "Does not fit: " in result.stdout

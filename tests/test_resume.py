@@ -153,7 +153,7 @@ SGD = ["optimizer.eps=1.0", "optimizer.learning_rate=1.0", "run.save_every=1000"
 @pytest.mark.parametrize(
     ("stage", "hook", "options"),
     [
-        ("sft", "log:3:SIGTERM", ["max_steps=150", "mesh.fsdp=2"]),
+        ("sft", "log:3:SIGTERM", ["max_steps=150", "mesh.fsdp=2", "optimizer.learning_rate=0.1"]),
         ("grpo", "rollout:3:SIGTERM", ["max_steps=30", "data.limit=4"]),
     ],
 )

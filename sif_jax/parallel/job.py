@@ -26,7 +26,7 @@ FAILURE, BEATS, HEARD, END = "sif_jax/failure", "sif_jax/beats", "sif_jax/heard"
 INTERVAL_S = 0.5
 GRACE_S = 2  # for a main thread that is about to end with the same error itself
 SETTLE_S = 5  # for the reason behind a collective that broke
-LINGER_S = 5  # process 0 holds the store, so it waits until the others have heard
+LINGER_S = 20  # process 0 holds the store, so it waits until the others have heard, on busy hosts too
 END_TIMEOUT_S = 60  # between the first process that is done and the last
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 FIX = "look at its own output and its host's log; the same command resumes the run"
@@ -130,10 +130,8 @@ class _Watch(threading.Thread):
             failure = self._silence.failure(self._store.beats(), now=time.monotonic())
             if failure is not None:
                 self._store.publish(failure)
-        if failure is not None:
-            self._store.hear()
-            if not self._stopped.wait(GRACE_S):
-                self._leave(failure)
+        if failure is not None and not self._stopped.wait(GRACE_S):
+            self._leave(failure)
 
     def all_end(self) -> bool:
         """Wait until every process has come to its end; False where one does not."""

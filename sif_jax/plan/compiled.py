@@ -15,8 +15,11 @@ from sif_jax.plan.collectives import Traffic, collectives
 from sif_jax.plan.memory_traffic import memory_traffic
 from sif_jax.plan.programs import Program
 
-UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
-USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# As TPU compilers say it: of the whole program, or, where that alone is too much, of its temporaries.
+USED = re.compile(
+    r"(?:Used |required for HLO temporaries \()([\d.]+)([KMGT])(?: of [\d.]+[KMGT] hbm|\) exceeds available HBM)"
+)
 LOWERING = {"tpu": "tpu", "gpu": "cuda"}
 
 
