@@ -18,7 +18,7 @@ jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_captured_constants_warn_bytes", 2**19)  # an array that a program closed over is compiled into it
+jax.config.update("jax_captured_constants_warn_bytes", 2**20)  # an array that a program closed over is compiled into it
 
 install_import_hook("sif_jax", "beartype.beartype")
 
