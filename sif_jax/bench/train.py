@@ -77,13 +77,13 @@ def _stage(config: TrainBenchConfig, stage: Stage, files: tuple[Path, Path], cac
     from sif_jax.bench.train_ours import OurTraining
     from sif_jax.bench.train_transformers import TransformersTraining
 
-    arguments = (config, *files, stage)
+    arguments, together = (config, *files, stage), config.in_turns and against == "hf"
     openers: dict[str, Opener] = {
-        OURS: lambda worker: worker.open(OurTraining, *arguments, cache=cache, alone=not config.in_turns)
+        OURS: lambda worker: worker.open(OurTraining, *arguments, cache=cache, alone=not together)
     }
     if against == "hf":
         openers[THEIRS] = lambda worker: worker.open(TransformersTraining, *arguments)
-    groups = [openers] if config.in_turns else [{name: opener} for name, opener in openers.items()]
+    groups = [openers] if together else [{name: opener} for name, opener in openers.items()]
     engines = {name: own for group in groups for name, own in _timed(group, config.steps).items()}
     architecture = Qwen2_5_VLConfig.from_directory(files[0])
     work = make_work(config, architecture, stage)
@@ -101,10 +101,10 @@ def _timed(openers: dict[str, Opener], steps: int) -> dict[str, Figures]:
     """Figures of each engine; those given together take turns."""
     with ExitStack() as stack:
         workers = {name: opener(stack.enter_context(Worker(name))) for name, opener in openers.items()}
-        firsts = {name: _told(f"{name}, first step", worker.step()) for name, worker in workers.items()}
+        firsts = {name: _announced(f"{name}, first step", worker.step()) for name, worker in workers.items()}
         warm = {OURS: workers[OURS].forget_programs().step().seconds} if OURS in workers else {}
         turns = [
-            {name: _told(f"{name}, step {turn + 1}", worker.step()).seconds for name, worker in workers.items()}
+            {name: _announced(f"{name}, step {turn + 1}", worker.step()).seconds for name, worker in workers.items()}
             for turn in range(steps)
         ]
         return {
@@ -113,7 +113,7 @@ def _timed(openers: dict[str, Opener], steps: int) -> dict[str, Figures]:
         }
 
 
-def _told(what: str, timed: Timed) -> Timed:
+def _announced(what: str, timed: Timed) -> Timed:
     """Said at once: what a bench that is stopped has measured is not lost."""
     print(f"{what}: {timed.seconds:.3f} s", file=sys.stderr)
     return timed

@@ -22,6 +22,11 @@ IMAGE_PLACEHOLDER = "<image>"
 IMAGE_TOKEN = "<|image_pad|>"
 TEMPLATE_FILE = "chat_template.jinja"
 LEGACY_TEMPLATE_FILE = "chat_template.json"
+TOKENIZERS = {  # by the class that tokenizer_config.json names
+    "Qwen2Tokenizer": Qwen2Tokenizer,
+    "Qwen2TokenizerFast": Qwen2Tokenizer,
+    "PreTrainedTokenizerFast": PreTrainedTokenizerFast,
+}
 
 Messages = Sequence[Mapping[str, Any]]  # [{"role": ..., "content": str | [{"type": "image" | "text", ...}, ...]}, ...]
 
@@ -234,13 +239,6 @@ def _opened(image: object) -> Image.Image | np.ndarray:
     if isinstance(image, str | Path):
         return load_image(image)
     raise InputError("not an image", value=type(image).__name__, expected="a PIL image, a uint8 array or a path")
-
-
-TOKENIZERS = {
-    "Qwen2Tokenizer": Qwen2Tokenizer,
-    "Qwen2TokenizerFast": Qwen2Tokenizer,
-    "PreTrainedTokenizerFast": PreTrainedTokenizerFast,
-}
 
 
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
