@@ -165,6 +165,43 @@ ENTRY %main (a: f32[10,256], k: s32[]) -> f32[256] {
     assert memory_traffic(program) == (row + index + row) + row + row  # read and write; read; write
 
 
+def test_memory_traffic_sees_slices_and_updates_in_fusions_within_fusions():
+    """As libtpu writes a layer's product with its own weights of a stack: the slice is a fusion of the product's fusion."""
+    program = Program("""HloModule m
+%slice (stack: f32[10,256], i: s32[]) -> f32[256] {
+  %stack = f32[10,256]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %cut = f32[1,256]{1,0} dynamic-slice(%stack, %i, %zero), dynamic_slice_sizes={1,256}
+  ROOT %flat = f32[256]{0} bitcast(%cut)
+}
+%update (into: f32[10,256], row: f32[256], j: s32[]) -> f32[10,256] {
+  %into = f32[10,256]{1,0} parameter(0)
+  %row = f32[256]{0} parameter(1)
+  %j = s32[] parameter(2)
+  %none = s32[] constant(0)
+  %wide = f32[1,256]{1,0} bitcast(%row)
+  ROOT %done = f32[10,256]{1,0} dynamic-update-slice(%into, %wide, %j, %none)
+}
+%outer (a.1: f32[10,256], k.1: s32[], b.1: f32[10,256]) -> f32[10,256] {
+  %b.1 = f32[10,256]{1,0} parameter(2)
+  %k.1 = s32[] parameter(1)
+  %a.1 = f32[10,256]{1,0} parameter(0)
+  %own = f32[256]{0} fusion(%a.1, %k.1), kind=kLoop, calls=%slice
+  %twice = f32[256]{0} add(%own, %own)
+  ROOT %stored = f32[10,256]{1,0} fusion(%b.1, %twice, %k.1), kind=kLoop, calls=%update
+}
+ENTRY %main (a: f32[10,256], k: s32[], b: f32[10,256]) -> f32[10,256] {
+  %a = f32[10,256]{1,0:T(8,128)} parameter(0)
+  %k = s32[] parameter(1)
+  %b = f32[10,256]{1,0:T(8,128)} parameter(2)
+  ROOT %out = f32[10,256]{1,0:T(8,128)} fusion(%a, %k, %b), kind=kOutput, calls=%outer
+}
+""")
+    row, index = 4 * 256, 4
+    assert memory_traffic(program) == row + index + row  # the slice, the index, the update
+
+
 def test_types_are_read_with_their_sizes_and_places():
     shapes = list(shapes_of("(bf16[2,3]{1,0:T(8,128)S(1)}, pred[]{:T(512)}, s4[8]{0}, token[])"))
     assert [shape.nbytes for shape in shapes] == [12, 1, 4, 0]

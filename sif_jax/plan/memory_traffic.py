@@ -62,7 +62,7 @@ def _bytes(program: Program, computation: Computation, each: Instruction) -> flo
     if each.opcode == "slice-start":  # ((the array), the slice, …)
         return each.shapes[1].nbytes if _main_bytes(inside[each.operands[0]]) else 0.0
     if each.opcode == "fusion":
-        return _fusion_bytes(program[each.called["calls"]], [inside[name] for name in each.operands], each)
+        return _fusion_bytes(program, [inside[name] for name in each.operands], each)
     return _main_bytes(each) + sum(_main_bytes(inside[name]) for name in set(each.operands) if name in inside)
 
 
@@ -74,27 +74,36 @@ def _in_main_memory(each: Instruction) -> bool:
     return all(shape.in_main_memory for shape in each.shapes)
 
 
-def _fusion_bytes(inner: Computation, operands: list[Instruction], fusion: Instruction) -> float:
-    parameters = {int(each.operands[0]): each for each in inner.instructions.values() if each.opcode == "parameter"}
+def _fusion_bytes(program: Program, operands: list[Instruction], fusion: Instruction) -> float:
+    inner = program[fusion.called["calls"]]
     reads = (
-        min(_read(inner, parameters[number]), _main_bytes(operand))
-        for number, operand in enumerate(operands)
+        min(_read(program, inner, parameter), _main_bytes(operand))
+        for parameter, operand in zip(_parameters(inner), operands, strict=True)
         if _main_bytes(operand)
     )
     read = sum(reads, 0.0)
     shapes, results = fusion.shapes, list(_results(inner))
     if len(shapes) != len(results):
         return read + _main_bytes(fusion)
-    return read + sum(_written(inner, each) for shape, each in zip(shapes, results) if shape.in_main_memory)
+    return read + sum(_written(program, inner, each) for shape, each in zip(shapes, results) if shape.in_main_memory)
 
 
-def _read(inner: Computation, value: Instruction) -> float:
-    """What a fusion reads of a parameter, or of another view of it."""
+def _parameters(inner: Computation) -> list[Instruction]:
+    found = (each for each in inner.instructions.values() if each.opcode == "parameter")
+    return sorted(found, key=lambda each: int(each.operands[0]))
+
+
+def _read(program: Program, inner: Computation, value: Instruction) -> float:
+    """What a fusion, those inside of it too, reads of a parameter, or of another view of it."""
     total = 0.0
     for user in inner.users(value.name):
         first = user.operands[0] == value.name
         if user.opcode == "bitcast":
-            total += _read(inner, user)
+            total += _read(program, inner, user)
+        elif user.opcode == "fusion":
+            nested = program[user.called["calls"]]
+            places = zip(_parameters(nested), user.operands, strict=True)
+            total += sum(_read(program, nested, parameter) for parameter, name in places if name == value.name)
         elif user.opcode in SLICES and first:
             total += user.nbytes
         elif user.opcode not in PASSES_ON and not (user.opcode == "dynamic-update-slice" and first):
@@ -107,9 +116,12 @@ def _results(inner: Computation) -> Iterator[Instruction]:
     yield from (inner.instructions[name] for name in root.operands) if root.opcode == "tuple" else (root,)
 
 
-def _written(inner: Computation, each: Instruction) -> float:
+def _written(program: Program, inner: Computation, each: Instruction) -> float:
     if each.opcode == "bitcast":
-        return _written(inner, inner.instructions[each.operands[0]])
+        return _written(program, inner, inner.instructions[each.operands[0]])
+    if each.opcode == "fusion" and len(each.shapes) == 1:
+        nested = program[each.called["calls"]]
+        return _written(program, nested, nested.root)
     if each.opcode == "parameter" or each.opcode in PASSES_ON:
         return 0.0
     if each.opcode == "dynamic-update-slice":
