@@ -56,11 +56,17 @@ def test_collectives_compiled_for_eight_tpus_are_those_known_by_hand():
         ("replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_1'}", 8),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_0','axis_1'}", 16),
         ("replica_groups=mesh['axis_0'=16] {'axis_0':(2)4}", 4),
+        ("replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=4], device_ids=([4,4]T(1,0)) {'axis_1'}", 4),
         ("replica_groups={}", 16),
     ],
 )
 def test_the_size_of_a_group_is_read_from_every_way_of_writing_it(groups, size):
     assert group_size(Instruction("x", "f32[8]", "all-reduce", (), f", {groups}, to_apply=%add", False), 16) == size
+
+
+def test_a_group_that_is_written_in_another_way_is_refused():
+    with pytest.raises(ValueError, match="cannot read the group of x: replica_groups=new"):
+        group_size(Instruction("x", "f32[8]", "all-reduce", (), ", replica_groups=new[4]", False), 16)
 
 
 def test_a_fusion_that_goes_on_with_a_collective_inside_a_loop_does_not_count_again():

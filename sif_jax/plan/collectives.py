@@ -74,10 +74,14 @@ def _collectives_in(computation: Computation, times: float, devices: int) -> Ite
 
 
 def group_size(instruction: Instruction, devices: int) -> int:
-    """How many devices take part together: from a list, from `[groups,size]<=[…]`, or from the axes of a mesh."""
+    """How many devices take part together: from a list, from `[groups,size]<=[…]`, or from the axes of a mesh.
+
+    Raises:
+      ValueError: it is written in another way.
+    """
     if instruction.opcode.startswith("collective-"):
         return 2  # pairs
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", instruction.attributes):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", instruction.attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh.group(1))}
         parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh.group(2))
         return prod(int(part) if part else sizes[name] for name, part in parts)
@@ -85,4 +89,6 @@ def group_size(instruction: Instruction, devices: int) -> int:
         return int(iota.group(1))
     if listed := re.search(r"replica_groups=\{\{([\d,\s]*)\}", instruction.attributes):
         return len([number for number in listed.group(1).split(",") if number.strip()])
+    if told := re.search(r"replica_groups=(?!\{\}).{,80}", instruction.attributes):
+        raise ValueError(f"cannot read the group of {instruction.name}: {told.group()}")
     return devices
