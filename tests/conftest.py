@@ -27,7 +27,7 @@ install_import_hook("sif_jax", "beartype.beartype")
 def shared_data() -> Path:
     """The folder of real annotation files that may stand beside the checkout; their licences keep them out of it."""
     if not SHARED_DATA.is_dir():
-        pytest.skip(f"real annotation files are not beside this checkout ({SHARED_DATA})")
+        pytest.skip(f"no real annotation files in {SHARED_DATA}; their licences keep them out of the project")
     return SHARED_DATA
 
 

@@ -150,38 +150,37 @@ def test_a_length_that_the_compiler_tells_is_taken():
     assert Program(known.replace("BOUND", "%a")).turns == {"loop": 28}
 
 
-def test_memory_traffic_counts_slices_of_a_stack_and_leaves_out_vector_memory():
-    program = Program("""HloModule m
-%slice (stack: f32[10,256], i: s32[]) -> f32[256] {
+ROW_OF_A_STACK = """%slice (stack: f32[10,256], i: s32[]) -> f32[256] {
   %stack = f32[10,256]{1,0} parameter(0)
   %i = s32[] parameter(1)
   %zero = s32[] constant(0)
   %cut = f32[1,256]{1,0} dynamic-slice(%stack, %i, %zero), dynamic_slice_sizes={1,256}
   ROOT %flat = f32[256]{0} bitcast(%cut)
 }
-ENTRY %main (a: f32[10,256], k: s32[]) -> f32[256] {
+"""
+
+
+def test_memory_traffic_counts_slices_of_a_stack_and_leaves_out_vector_memory():
+    program = Program(
+        f"HloModule m\n{ROW_OF_A_STACK}"
+        """ENTRY %main (a: f32[10,256], k: s32[]) -> f32[256] {
   %a = f32[10,256]{1,0:T(8,128)} parameter(0)
   %k = s32[] parameter(1)
   %row = f32[256]{0:T(256)} fusion(%a, %k), kind=kLoop, calls=%slice
   %near = f32[256]{0:T(256)S(1)} negate(%row)
   ROOT %out = f32[256]{0:T(256)} exponential(%near)
 }
-""")
+"""
+    )
     row, index = 4 * 256, 4
     assert memory_traffic(program) == (row + index + row) + row + row  # read and write; read; write
 
 
 def test_memory_traffic_sees_slices_and_updates_in_fusions_within_fusions():
     """As libtpu writes a layer's product with its own weights of a stack: the slice is a fusion of the product's fusion."""
-    program = Program("""HloModule m
-%slice (stack: f32[10,256], i: s32[]) -> f32[256] {
-  %stack = f32[10,256]{1,0} parameter(0)
-  %i = s32[] parameter(1)
-  %zero = s32[] constant(0)
-  %cut = f32[1,256]{1,0} dynamic-slice(%stack, %i, %zero), dynamic_slice_sizes={1,256}
-  ROOT %flat = f32[256]{0} bitcast(%cut)
-}
-%update (into: f32[10,256], row: f32[256], j: s32[]) -> f32[10,256] {
+    program = Program(
+        f"HloModule m\n{ROW_OF_A_STACK}"
+        """%update (into: f32[10,256], row: f32[256], j: s32[]) -> f32[10,256] {
   %into = f32[10,256]{1,0} parameter(0)
   %row = f32[256]{0} parameter(1)
   %j = s32[] parameter(2)
@@ -203,7 +202,8 @@ ENTRY %main (a: f32[10,256], k: s32[], b: f32[10,256]) -> f32[10,256] {
   %b = f32[10,256]{1,0:T(8,128)} parameter(2)
   ROOT %out = f32[10,256]{1,0:T(8,128)} fusion(%a, %k, %b), kind=kOutput, calls=%outer
 }
-""")
+"""
+    )
     row, index = 4 * 256, 4
     assert memory_traffic(program) == row + index + row  # the slice, the index, the update
 
