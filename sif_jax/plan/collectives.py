@@ -81,7 +81,7 @@ def group_size(instruction: Instruction, devices: int) -> int:
     """
     if instruction.opcode.startswith("collective-"):
         return 2  # pairs
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", instruction.attributes):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}", instruction.attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh.group(1))}
         parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh.group(2))
         return prod(int(part) if part else sizes[name] for name, part in parts)

@@ -101,13 +101,12 @@ def _program(program: Figures) -> list[str]:
     if "flops" not in program:
         return [*cells, *"-----", "does not fit"]
     kinds = program["collectives"]
+    sent = [kind.get("bytes") for kind in kinds.values()]
     return [
         *cells,
         f"{program['flops'] / 1e12:.3g}",
         _gib(program.get("memory_bytes")),
-        "-"
-        if any("bytes" not in kind for kind in kinds.values())
-        else _gib(sum(kind["bytes"] for kind in kinds.values())),
+        _gib(None if None in sent else sum(sent)),
         f"{1000 * max(program['seconds'].values()):.3g}" if program["seconds"] else "-",
         program["bound_by"],
         ", ".join(f"{kind} {x['count']:g} ({_gib(x.get('bytes'))} GiB)" for kind, x in kinds.items()),
