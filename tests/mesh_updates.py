@@ -17,6 +17,7 @@ from sif_jax.parallel.placement import put_groups, shard_groups, shard_rows, spl
 from sif_jax.rollout.engine import Rollout, encode_images
 from sif_jax.training import grpo, sft
 from sif_jax.training.groups import Groups, split_rows, to_learn
+from sif_jax.training.layer_arrays import take_apart
 from sif_jax.training.optimizer import make_optimizer
 from sif_jax.training.policy_files import open_policy
 from sif_jax.training.reference import reference_of
@@ -25,7 +26,8 @@ from tests.tiny_run import DEMO, tiny_config
 
 # SGD-like: with a large eps Adam's update is proportional to the gradient, so that errors are not blown up.
 SGD = ["optimizer.eps=1.0", "optimizer.learning_rate=1.0", "optimizer.max_grad_norm=null", "freeze_vision=false"]
-LORA = {"full": [], "lora": ["lora={rank: 4, dropout: 0.1}"]}
+ADAPTER = ["lora={rank: 4, dropout: 0.1}"]
+KINDS = {"full": [], "lora": ADAPTER, "apart": [*ADAPTER, "model.scan_layers=false"]}
 FEED = {"sft": ["batch_size=8"], "grpo": ["prompts_per_step=8", "micro_batch=8", "num_samples=8"]}
 HALF = {"sft": [], "grpo": ["micro_batch=4"]}
 
@@ -40,9 +42,10 @@ def opened(config, target, rows, mesh):
 
 def sft_update(config, mesh):
     policy, arrays, where, apply, optimizer = opened(config, "cot", config.batch_size, mesh)
+    frozen = policy.frozen if config.model.scan_layers else take_apart(policy.frozen)
     gradients = sft.make_gradients(policy.graphdef, dropout=config.lora is not None, shardings=where)
     state = initial_state(policy.trainable, optimizer, where)
-    summed, sums = gradients(None, state.trainable, policy.frozen, shard_rows(arrays, mesh), jax.random.key(1))
+    summed, sums = gradients(None, state.trainable, frozen, shard_rows(arrays, mesh), jax.random.key(1))
     return (summed, sums, *apply(state, summed, sums.tokens))
 
 
@@ -81,7 +84,7 @@ def one_device():
 def update(stage: str, kind: str, mesh, *overrides: str):
     config, run = UPDATES[stage]
     with jax.set_mesh(mesh):
-        return run(tiny_config(config, Path("unused"), *SGD, *LORA[kind], *FEED[stage], *overrides), mesh)
+        return run(tiny_config(config, Path("unused"), *SGD, *KINDS[kind], *FEED[stage], *overrides), mesh)
 
 
 def largest_error(results, expected) -> float:

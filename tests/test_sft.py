@@ -71,6 +71,15 @@ def test_lora_trains_the_adapters_alone(tmp_path, freeze_vision):
     assert {name.split(".")[-2] for name in changed if name.startswith("model.")} == with_adapters
 
 
+def test_layers_that_are_written_out_train_the_same_model(tmp_path):
+    short = ["lora={rank: 2, dropout: 0.1}", "max_steps=2"]
+    loop, written = (
+        train(tmp_path / value, *short, f"model.scan_layers={value}", "model.remat=dots") for value in ("true", "false")
+    )
+    assert [row["loss"] for row in read_metrics(loop)] == [row["loss"] for row in read_metrics(written)]
+    assert_same_weights(loop, written)
+
+
 def test_packed_rows_train_as_many_tokens_in_fewer_rows(tmp_path):
     run = train(tmp_path, "packing=true", "data.buckets.tokens=[320]", "data.buckets.patches=[144]", "max_steps=2")
     packed = read_metrics(run)

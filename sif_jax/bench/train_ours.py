@@ -39,6 +39,7 @@ from sif_jax.parallel.placement import put_groups, shard_rows
 from sif_jax.rollout.engine import encode_images
 from sif_jax.training import grpo, sft
 from sif_jax.training.groups import Completions, Groups, split_rows
+from sif_jax.training.layer_arrays import take_apart
 from sif_jax.training.optimizer import make_optimizer
 from sif_jax.training.reference import reference_of
 from sif_jax.training.state import from_zeros, initial_state, make_apply, state_shardings
@@ -74,6 +75,8 @@ class OurTraining:
         self._apply = make_apply(optimizer, where)
         self._key = jax.random.key(config.seed)
         if stage == "sft":
+            if not config.scan_layers:
+                self._frozen = take_apart(self._frozen)
             self._gradients = sft.make_gradients(
                 self._graphdef, dropout=False, packed=self._work.packed is not None, shardings=where
             )

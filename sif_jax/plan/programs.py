@@ -34,6 +34,7 @@ from sif_jax.rollout.sampling import Sampling
 from sif_jax.rollout.schedule import Slots, Spread, empty_rows
 from sif_jax.training import grpo, sft
 from sif_jax.training.groups import Completions, Groups
+from sif_jax.training.layer_arrays import abstract_layers
 from sif_jax.training.optimizer import make_optimizer
 from sif_jax.training.reference import Reference, reference_logprobs, reference_of
 from sif_jax.training.state import StateShardings, TrainState, make_apply, state_shardings
@@ -137,7 +138,8 @@ def sft_programs(config: SftConfig, architecture: Qwen2_5_VLConfig, mesh: Mesh, 
     function = sft.make_gradients(
         state.graphdef, dropout=has_dropout(config), packed=config.packing, shardings=state.shardings
     )
-    arguments = (state.trainable, state.frozen, batch, random_key(mesh))
+    frozen = state.frozen if config.model.scan_layers else abstract_layers(state.frozen)
+    arguments = (state.trainable, frozen, batch, random_key(mesh))
     earlier = earlier_sums(function, arguments, mesh)
     moments, waiting = device_bytes(state.moments), device_bytes(batch)
     yield Program(

@@ -5,6 +5,7 @@ The loop: batch → summed gradients of its micro-batches → one optimizer step
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -26,6 +27,7 @@ from sif_jax.parallel.mesh import make_mesh
 from sif_jax.parallel.placement import check_rows, shard_rows
 from sif_jax.progress import Progress
 from sif_jax.training.checkpoint import Checkpoints
+from sif_jax.training.layer_arrays import LayerArrays, put_together, stacked, take_apart
 from sif_jax.training.metrics import open_log, padding
 from sif_jax.training.nonfinite import FiniteCheck
 from sif_jax.training.optimizer import learning_rate, make_optimizer
@@ -76,7 +78,8 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
     steps = config.max_steps if config.max_steps and config.packing else min(config.max_steps or whole, whole)
     optimizer = make_optimizer(config.optimizer, steps)
     dropout = config.lora is not None and config.lora.dropout > 0
-    where, frozen = state_shardings(policy.trainable, optimizer, mesh), policy.frozen
+    where = state_shardings(policy.trainable, optimizer, mesh)
+    frozen = policy.frozen if config.model.scan_layers else take_apart(policy.frozen)
     gradients = make_gradients(policy.graphdef, dropout=dropout, packed=config.packing, shardings=where)
     add_gradients, apply = from_zeros(gradients, config.accumulation), make_apply(optimizer, where)
     state = initial_state(policy.trainable, optimizer, where)
@@ -127,6 +130,8 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
         checkpoints.finish()
         preemption.check(steps)
         feed.report_skipped()
+        if isinstance(frozen, LayerArrays):
+            policy = dataclasses.replace(policy, frozen=put_together(frozen))
         export_policy(policy, state.trainable, directory)
     return directory
 
@@ -136,9 +141,13 @@ def make_gradients(
 ) -> Callable[..., Any]:
     """(earlier or None, trainable, frozen, batch, key) → (summed gradients, TokenSums)."""
 
-    def gradients(trainable: nnx.State, frozen: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, TokenSums]:
+    def gradients(
+        trainable: nnx.State, frozen: nnx.State | LayerArrays, batch: Batch, key: Array
+    ) -> tuple[nnx.State, TokenSums]:
+        weights = stacked(frozen)
+
         def loss(trainable: nnx.State) -> tuple[Array, TokenSums]:
-            model = nnx.merge(graphdef, trainable, frozen, copy=True)
+            model = nnx.merge(graphdef, trainable, weights, copy=True)
             return next_token_loss(model, batch, key if dropout else None, packed=packed)
 
         (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)

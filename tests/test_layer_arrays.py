@@ -1,0 +1,64 @@
+"""A frozen decoder whose layers are arrays of their own: nothing is lost, nothing is held twice, no program stacks it again."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from sif_jax.bench.workload import random_batch, random_policy
+from sif_jax.training import sft
+from sif_jax.training.layer_arrays import abstract_layers, put_together, stacked, take_apart
+from tests.architectures import tiny_architecture
+from tests.test_memory import shapes_in
+
+LAYERS = 3
+GATE = ("decoder", "layers", "mlp", "gate_proj", "kernel")
+
+
+@pytest.fixture
+def policy():
+    """(graphdef, trainable, frozen) of a model whose layers are written out, as no layer of few is not."""
+    return random_policy(tiny_architecture(layers=LAYERS), dtype="float32")
+
+
+def arrays(state: nnx.State) -> dict:
+    return {path: leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
+def test_put_together_gives_back_every_array_and_each_form_is_used_up(policy):
+    frozen = policy[2]
+    before = {path: np.array(x) for path, x in arrays(frozen).items()}
+    stack = arrays(frozen)[GATE]
+    apart = take_apart(frozen)
+    assert stack.is_deleted(), "the weights are not held twice"
+    assert len(apart.layers) == LAYERS
+    part = arrays(apart.layers[1])[GATE]
+    np.testing.assert_array_equal(part, before[GATE][1])
+    after = arrays(put_together(apart))
+    assert part.is_deleted()
+    assert after.keys() == before.keys()
+    for path, value in before.items():
+        np.testing.assert_array_equal(after[path], value, err_msg=str(path))
+
+
+def test_a_state_without_frozen_layers_stays_as_it_is():
+    _, _, frozen = random_policy(tiny_architecture(), dtype="float32", lora_rank=None)
+    apart = take_apart(frozen)
+    assert apart.layers == ()
+    assert arrays(stacked(apart)).keys() == arrays(frozen).keys()
+
+
+def test_gradients_are_those_of_the_stack_and_no_program_stacks_the_layers_again(policy):
+    graphdef, trainable, frozen = policy
+    config = tiny_architecture(layers=LAYERS)
+    batch = random_batch(config, rows=2, tokens=64, image_px=(56, 56))
+    add, key = sft.make_gradients(graphdef, dropout=False), jax.random.key(0)
+    whole = (LAYERS, config.text.hidden_size, config.text.intermediate_size)
+    assert whole in shapes_in(add.lower(None, trainable, frozen, batch, key).compile())
+    expected, sums = add(None, trainable, frozen, batch, key)
+    shapes = abstract_layers(frozen)
+    apart = take_apart(frozen)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), apart)
+    assert whole not in shapes_in(add.lower(None, trainable, shapes, batch, key).compile())
+    gradients, others = add(None, trainable, apart, batch, key)
+    jax.tree.map(np.testing.assert_array_equal, (gradients, others), (expected, sums))
