@@ -21,6 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     SegmentIds,
     make_splash_mha,
 )
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import Mask
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int, Shaped
 
@@ -110,44 +111,49 @@ def _visible(
 
 
 def _splash(q: Array, k: Array, v: Array, segments: Array, causal: bool, packed: bool) -> Array:
-    """The Pallas kernel of JAX's TPU library; off the TPU it is interpreted, for the tests."""
     length, dim = q.shape[1], q.shape[3]
-    count = _ceil(length, SPLASH_BLOCK)
-    block = _round_up(_ceil(length, count), LANES)
-    q, k, v, segments = _padded(q, k, v, segments, count * block, _round_up(dim, LANES))
+    block = splash_block(length)
+    q, k, v, segments = _padded(q, k, v, segments, round_up(length, block), round_up(dim, LANES))
+    mask = CausalMask if causal else FullMask
 
     def rows(q: Array, k: Array, v: Array, segments: Array) -> Array:
-        kernel = partial(_splash_kernel, causal=causal, block=block)
-        interpreted = partial(kernel, interpret=True)
-        return jax.lax.platform_dependent(q, k, v, segments, tpu=kernel, default=interpreted)
+        return splash_kernel(q, k, v, SegmentIds(segments, segments), mask, (block, block))
 
     out = _on_each_device(rows, k.shape)(head_major(q) * dim**-0.5, k, v, segments)
     return head_major(out)[:, :length, :, :dim]
 
 
-def _splash_kernel(
+def splash_block(length: int) -> int:
+    """As few blocks as may be, of equal size."""
+    return round_up(_ceil(length, _ceil(length, SPLASH_BLOCK)), LANES)
+
+
+def splash_kernel(
     q: Shaped[Array, "B N T H"],
-    k: Shaped[Array, "B K T H"],
-    v: Shaped[Array, "B K T H"],
-    segments: Int[Array, "B T"],
-    *,
-    causal: bool,
-    block: int,
-    interpret: bool = False,
+    k: Shaped[Array, "B K S H"],
+    v: Shaped[Array, "B K S H"],
+    segments: SegmentIds,
+    mask: Callable[[tuple[int, int]], Mask],
+    blocks: tuple[int, int],
 ) -> Shaped[Array, "B N T H"]:
-    _, heads, length, _ = q.shape
-    mask = (CausalMask if causal else FullMask)((length, length))
+    """The Pallas kernel of JAX's TPU library, on whole blocks of queries and keys; off the TPU it is interpreted."""
+    (_, heads, length, _), (block_q, block_kv) = q.shape, blocks
     sizes = BlockSizes(
-        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+        block_q=block_q,
+        block_kv=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_q_dq=block_q,
+        block_kv_dq=block_kv,
     )
-    kernel = make_splash_mha(
-        MultiHeadMask([mask] * heads),
-        block_sizes=sizes,
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=interpret,
-    )
-    return cast(Array, jax.vmap(kernel)(q, k, v, SegmentIds(segments, segments)))
+    masks = MultiHeadMask([mask((length, k.shape[2]))] * heads)
+
+    def run(q: Array, k: Array, v: Array, segments: SegmentIds, *, interpret: bool) -> Array:
+        kernel = make_splash_mha(masks, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+        return cast(Array, jax.vmap(kernel)(q, k, v, segments))
+
+    compiled, interpreted = partial(run, interpret=False), partial(run, interpret=True)
+    return jax.lax.platform_dependent(q, k, v, segments, tpu=compiled, default=interpreted)
 
 
 def _on_each_device(rows: Callable[..., Array], keys: tuple[int, ...]) -> Callable[..., Array]:
@@ -168,7 +174,7 @@ def _cudnn(q: Array, k: Array, v: Array, segments: Array, causal: bool, packed: 
     """cuDNN's fused kernel. Segments are an explicit mask [B, 1, T, T], which slows it: its own packing may be ignored in
     silence."""
     length, dim = q.shape[1], q.shape[3]
-    q, k, v, segments = _padded(q, k, v, segments, _round_up(length, CUDNN_MULTIPLE), _round_up(dim, CUDNN_MULTIPLE))
+    q, k, v, segments = _padded(q, k, v, segments, round_up(length, CUDNN_MULTIPLE), round_up(dim, CUDNN_MULTIPLE))
     out = jax.nn.dot_product_attention(
         q,
         head_major(k),
@@ -205,5 +211,5 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _round_up(size: int, multiple: int) -> int:
+def round_up(size: int, multiple: int) -> int:
     return _ceil(size, multiple) * multiple

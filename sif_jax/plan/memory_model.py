@@ -213,9 +213,10 @@ def _fits_at_once(heads: int, shape: Shape) -> bool:
 
 
 def _group_attention(heads: int, shape: Shape) -> float:
-    """Float32 logits of the completions over their prompt and themselves, [N, T, S + T] each, never in parts."""
+    """Float32 logits of the completions over their prompt and themselves, [N, T, S + T] each, never in parts; a fused kernel
+    holds none."""
     keys, own = shape.length + shape.new_tokens, heads / shape.heads_shared
-    return FLOAT32 * own * shape.prompts * shape.samples * shape.new_tokens * keys
+    return 0.0 if shape.fused else FLOAT32 * own * shape.prompts * shape.samples * shape.new_tokens * keys
 
 
 def _vision_forward(model: Qwen2_5_VLConfig, shape: Shape, e: int) -> float:

@@ -21,8 +21,9 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from sif_jax.models.qwen2_5_vl.config import TextConfig
 from sif_jax.models.qwen2_5_vl.layers import Key, Linear, RMSNorm, SwiGLU, layer_keys, stack
-from sif_jax.ops.attention import head_major, prefix_attention, row_attention
+from sif_jax.ops.attention import head_major, row_attention
 from sif_jax.ops.attention_backends import Backend, self_attention
+from sif_jax.ops.group_attention import group_attention
 from sif_jax.ops.rotary import Rope, mrope, rotate
 from sif_jax.ops.scan import Remat, scan_layers
 from sif_jax.parallel.partition import constrain
@@ -170,8 +171,6 @@ class Decoder(nnx.Module):
     ) -> tuple[Shaped[Array, "P S D"], Shaped[Array, "P M T D"]]:
         """Final hidden states of the prompts and of the completions that continue them."""
         prompt_rope, rope = self.rope(prompt_positions), self.rope(completion_positions)
-        visible, length = prompt_segments > 0, completion.shape[2]
-        causal = jnp.tril(jnp.ones((length, length), bool))
         graphdef, layers = nnx.split(self.layers)
 
         def body(hidden, layer):
@@ -181,7 +180,7 @@ class Decoder(nnx.Module):
             context = self.causal_attention(q, prefix_k, prefix_v, prompt_segments)
             prompt = block.finish(prompt, context, key)
             q, k, v = block.qkv(completion, rope, key)
-            context = prefix_attention(q, prefix_k, prefix_v, visible, k, v, causal)
+            context = group_attention(q, prefix_k, prefix_v, prompt_segments > 0, k, v, backend=self.attention)
             return (prompt, block.finish(completion, context, key)), None
 
         keys = layer_keys(key, self.config.num_hidden_layers)
