@@ -60,7 +60,6 @@ def updates(stage: str, kind: str, *shapes: str) -> list[dict]:
 @pytest.mark.parametrize(
     ("stage", "kind", "shapes"),
     [
-        ("sft", "lora", ["data=2,fsdp=2,tensor=2"]),
         ("sft", "apart", ["data=2,fsdp=2,tensor=2"]),
         pytest.param("sft", "full", SHAPES, marks=pytest.mark.slow),
         pytest.param("sft", "lora", SHAPES, marks=pytest.mark.slow),

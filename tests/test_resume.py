@@ -4,6 +4,7 @@ import random
 import re
 import signal
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -98,11 +99,15 @@ KILL_POINTS = [
 
 @pytest.fixture(scope="module")
 def never_killed(tmp_path_factory):
-    """The runs that nothing happened to, by stage."""
+    """The run of a stage that nothing happened to."""
     root = tmp_path_factory.mktemp("never")
-    configs = [written(stage, root / stage, *FOUR_STEPS[stage]) for stage in KINDS]
-    ended([process for config in configs for process in start(config)])
-    return {config.stem: config.parent / "run" for config in configs}
+
+    @cache
+    def run(stage: str) -> Path:
+        ended(start(written(stage, root / stage, *FOUR_STEPS[stage])))
+        return root / stage / "run"
+
+    return run
 
 
 FOUR_STEPS = {
@@ -120,17 +125,17 @@ def test_a_kill_in_the_middle_changes_nothing(tmp_path, never_killed, stage, hoo
     assert process.returncode == -signal.SIGKILL, output[-4000:]
     assert not (tmp_path / stage / "run/model").exists()
     ended(start(config))
-    assert_same_run(tmp_path / stage / "run", never_killed[stage], "checkpoints/*")
+    assert_same_run(tmp_path / stage / "run", never_killed(stage), "checkpoints/*")
 
 
 @beside_never_killed
 @pytest.mark.parametrize(
     ("stage", "hook", "step"),
     [
+        pytest.param("sft", "log:2:SIGTERM", 2, id="sft, in its second step, which is finished"),
         pytest.param(
-            "sft", "log:2:SIGTERM", 2, id="sft, in its second step, which is finished", marks=pytest.mark.slow
+            "grpo", "rollout:4:SIGTERM", 1, id="grpo, in its second rollout, which is given up", marks=pytest.mark.slow
         ),
-        pytest.param("grpo", "rollout:4:SIGTERM", 1, id="grpo, in its second rollout, which is given up"),
     ],
 )
 def test_a_sigterm_saves_and_ends_with_zero_and_the_same_command_resumes(tmp_path, never_killed, stage, hook, step):
@@ -142,7 +147,7 @@ def test_a_sigterm_saves_and_ends_with_zero_and_the_same_command_resumes(tmp_pat
     assert [path.name for path in (run / "checkpoints").iterdir()] == [str(step)]
     assert not (run / "model").exists()
     ended(start(config))
-    assert_same_run(run, never_killed[stage])
+    assert_same_run(run, never_killed(stage))
 
 
 # SGD-like: with a large eps Adam's update is proportional to the gradient, so that errors are not blown up.

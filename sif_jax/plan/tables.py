@@ -47,7 +47,6 @@ Programs compiled by `sif-jax plan` for devices that were not there; [docs/plan.
 how far to trust them. Figures are per device. Meshes, micro-batches and remat policies are those that `--search --tries 1` chose:
 the fastest by the formulas that fits. "formulas" is the error of the formulas against the compiled programs. Times are rooflines,
 lower than any real step. Settings that are not in the table have not been compiled; the command says what they need.
-A dash is a figure taken out of a line made before 2026-11-27, which counted it wrongly; the step's time is that of the others.
 
     sif-jax plan configs/paper/sft.yaml  --topology v5e-16 --model 7B --search --tries 1 --json >> docs/results/plan.jsonl
     sif-jax plan configs/paper/grpo.yaml --topology v5e-16 --model 7B --search --tries 1 --json >> docs/results/plan.jsonl
@@ -101,15 +100,14 @@ def _program(program: Figures) -> list[str]:
     if "flops" not in program:
         return [*cells, *"-----", "does not fit"]
     kinds = program["collectives"]
-    sent = [kind.get("bytes") for kind in kinds.values()]
     return [
         *cells,
         f"{program['flops'] / 1e12:.3g}",
-        _gib(program.get("memory_bytes")),
-        _gib(None if None in sent else sum(sent)),
-        f"{1000 * max(program['seconds'].values()):.3g}" if program["seconds"] else "-",
+        _gib(program["memory_bytes"]),
+        _gib(sum(kind["bytes"] for kind in kinds.values())),
+        f"{1000 * max(program['seconds'].values()):.3g}",
         program["bound_by"],
-        ", ".join(f"{kind} {x['count']:g} ({_gib(x.get('bytes'))} GiB)" for kind, x in kinds.items()),
+        ", ".join(f"{kind} {x['count']:g} ({_gib(x['bytes'])} GiB)" for kind, x in kinds.items()),
     ]
 
 
@@ -123,8 +121,8 @@ def _table(header: Sequence[str], rows: Iterator[list[str]] | map[list[str]]) ->
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _gib(nbytes: float | None) -> str:
-    return "-" if nbytes is None else f"{nbytes / GIB:.2f}"
+def _gib(nbytes: float) -> str:
+    return f"{nbytes / GIB:.2f}"
 
 
 def main(paths: Sequence[str]) -> None:
