@@ -25,7 +25,7 @@ from sif_jax.plan.collectives import Traffic
 from sif_jax.plan.command import run
 from sif_jax.plan.compiled import Compiled, Cost, Memory, _too_large
 from sif_jax.plan.model_size import model_size
-from sif_jax.plan.plan import Plan
+from sif_jax.plan.plan import Plan, best_plan
 from sif_jax.plan.programs import Program
 from sif_jax.plan.report import advice, report
 from sif_jax.plan.roofline import step_time, times
@@ -189,6 +189,31 @@ def test_what_a_search_finds_fits_and_is_ordered_by_time():
     assert all(estimate(each, size_of(given)).needed <= limit for each in found)
     seconds = [round(estimated_seconds(each, size_of(given)), 3) for each in found]
     assert seconds == sorted(seconds)
+
+
+def test_where_nothing_fits_a_search_tells_what_lacks_least_and_by_how_much():
+    given = setting("v5e:2x2", "72B")
+    assert not ranked(given, size_of(given))
+    (plan,) = best_plan(given, tries=1, analytic=True)
+    least = min(estimate(each, size_of(given)).needed for each in candidates(given))
+    assert plan.estimate.needed == least > given.topology.chip.hbm_bytes
+    assert "GiB too much. What would:" in report(plan)
+    assert "- more chips: " in report(plan)
+
+
+def test_a_step_that_no_mesh_divides_is_refused():
+    with pytest.raises(
+        InputError, match="no mesh and micro-batch divide this optimizer step; got '3 rows on 256 devices'"
+    ):
+        best_plan(
+            setting(
+                "v6e-256",
+                "3B",
+                words=(SFT, "batch_size=3", "accumulation=1", "data.buckets={tokens: [1001], patches: [2688]}"),
+            ),
+            tries=1,
+            analytic=True,
+        )
 
 
 def made_plan(given: Setting, peak_gib: float) -> Plan:

@@ -15,7 +15,7 @@ from sif_jax.plan.compiled import Compiled, Compiler
 from sif_jax.plan.model_size import ModelSize, model_size
 from sif_jax.plan.programs import Program, attention_of, run_programs
 from sif_jax.plan.roofline import StepTime, step_time
-from sif_jax.plan.search import ranked
+from sif_jax.plan.search import micro_batches, ranked, smallest
 from sif_jax.plan.setting import Setting
 from sif_jax.plan.topology import check_compiler, devices_of
 
@@ -86,18 +86,19 @@ def _compiled(programs: Iterator[Program], compiler: Compiler, limit: float) -> 
 def best_plan(
     setting: Setting, *, tries: int, analytic: bool = False, completion_tokens: int | None = None
 ) -> list[Plan]:
-    """The candidates that the formulas like best, compiled; those that fit first, the fastest first.
+    """The candidates that the formulas like best, compiled; those that fit first, the fastest first. Where by the formulas
+    none fits, the one that lacks least.
 
     Raises:
-      InputError: by the formulas nothing fits.
+      InputError: no mesh and micro-batch go with the optimizer step.
     """
     size = model_size(setting.architecture, setting.config)
-    found = ranked(setting, size)
+    found = ranked(setting, size) or smallest(setting, size)
     if not found:
         raise InputError(
-            "no mesh, micro-batch and remat policy fits",
-            value=f"{setting.model} on {setting.topology.name}",
-            fix="take more or larger chips, or a smaller model",
+            "no mesh and micro-batch divide this optimizer step",
+            value=f"{micro_batches(setting)[-1]} rows on {setting.topology.num_devices} devices",
+            fix="take fewer devices, or more rows a step",
         )
     plans: list[Plan] = []
     for each in found[: tries + FURTHER_TRIES]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
+from itertools import islice, product
 
 from sif_jax.config import GrpoConfig, MeshConfig, SftConfig
 from sif_jax.plan.analytic import estimate, estimated_seconds, fits, tensor_sizes
@@ -30,6 +30,11 @@ def ranked(setting: Setting, size: ModelSize) -> list[Setting]:
     return sorted(
         fitting, key=lambda each: (round(estimated_seconds(each, size), 3), estimate(each, size).needed / limit)
     )
+
+
+def smallest(setting: Setting, size: ModelSize) -> list[Setting]:
+    """The candidate that needs the least memory by the formulas, if there is any."""
+    return sorted(candidates(setting), key=lambda each: estimate(each, size).needed)[:1]
 
 
 def meshes(setting: Setting) -> Iterator[MeshConfig]:
@@ -109,10 +114,13 @@ def _remat(setting: Setting) -> Iterator[tuple[str, Setting]]:
         yield "more remat", with_changes(setting, remat=remat)
 
 
-def _fewer_rows(setting: Setting) -> Iterator[tuple[str, Setting]]:
+def _rows(setting: Setting) -> int:
     config = setting.config
-    now = config.batch_size if isinstance(config, SftConfig) else getattr(config, "micro_batch", 1)
-    for rows in reversed([rows for rows in micro_batches(setting) if rows < now]):
+    return config.batch_size if isinstance(config, SftConfig) else getattr(config, "micro_batch", 1)
+
+
+def _fewer_rows(setting: Setting) -> Iterator[tuple[str, Setting]]:
+    for rows in reversed([rows for rows in micro_batches(setting) if rows < _rows(setting)]):
         changed = with_changes(setting, rows=rows)
         if divides(changed):
             yield "fewer rows at a time", changed
@@ -128,12 +136,13 @@ def _more_split(setting: Setting) -> Iterator[tuple[str, Setting]]:
 
 
 def _more_chips(setting: Setting) -> Iterator[tuple[str, Setting]]:
+    """With as many rows at a time as now, or where those do not divide as few as do."""
     for topology in larger(setting.topology):
         bigger = setting._replace(topology=topology)
         for mesh in meshes(bigger):
-            changed = with_changes(bigger, mesh=mesh)
-            if divides(changed):
-                yield "more chips", changed
+            counts = (_rows(setting), *micro_batches(setting))
+            dividing = filter(divides, (with_changes(bigger, mesh=mesh, rows=rows) for rows in counts))
+            yield from (("more chips", changed) for changed in islice(dividing, 1))
 
 
 def _powers(limit: int) -> list[int]:
