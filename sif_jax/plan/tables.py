@@ -45,8 +45,9 @@ INTRODUCTION = """# Plans of the paper's configs
 
 Programs compiled by `sif-jax plan` for devices that were not there; [docs/plan.md](../plan.md) says what the columns mean and
 how far to trust them. Figures are per device. Meshes, micro-batches and remat policies are those that `--search --tries 1` chose:
-the fastest by the formulas that fits. "formulas" is the error of the formulas against the compiled programs. Times are rooflines,
-lower than any real step. Settings that are not in the table have not been compiled; the command says what they need.
+the fastest by the formulas that fits, or where none does the one that lacks least. "formulas" is the error of the formulas
+against the compiled programs. Times are rooflines, lower than any real step. Settings that are not in the table have not been
+compiled; the command says what they need.
 
     sif-jax plan configs/paper/sft.yaml  --topology v5e-16 --model 7B --search --tries 1 --json >> docs/results/plan.jsonl
     sif-jax plan configs/paper/grpo.yaml --topology v5e-16 --model 7B --search --tries 1 --json >> docs/results/plan.jsonl
@@ -121,8 +122,9 @@ def _table(header: Sequence[str], rows: Iterator[list[str]] | map[list[str]]) ->
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _gib(nbytes: float) -> str:
-    return f"{nbytes / GIB:.2f}"
+def _gib(nbytes: float | None) -> str:
+    """A program that its compiler refused has no account of arguments and temporaries."""
+    return "-" if nbytes is None else f"{nbytes / GIB:.2f}"
 
 
 def main(paths: Sequence[str]) -> None:
