@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -31,6 +32,7 @@ from sif_jax.plan.report import advice, report
 from sif_jax.plan.roofline import step_time, times
 from sif_jax.plan.search import candidates, overrides, ranked
 from sif_jax.plan.setting import Setting, read_architecture, read_config
+from sif_jax.plan.tables import tables
 from sif_jax.plan.topology import check_compiler, larger, libtpu_of_jax, parse_topology
 from sif_jax.training import sft
 from tests.architectures import tiny_architecture
@@ -202,18 +204,10 @@ def test_where_nothing_fits_a_search_tells_what_lacks_least_and_by_how_much():
 
 
 def test_a_step_that_no_mesh_divides_is_refused():
-    with pytest.raises(
-        InputError, match="no mesh and micro-batch divide this optimizer step; got '3 rows on 256 devices'"
-    ):
-        best_plan(
-            setting(
-                "v6e-256",
-                "3B",
-                words=(SFT, "batch_size=3", "accumulation=1", "data.buckets={tokens: [1001], patches: [2688]}"),
-            ),
-            tries=1,
-            analytic=True,
-        )
+    words = (SFT, "batch_size=3", "accumulation=1", "data.buckets={tokens: [1001], patches: [2688]}")
+    told = "no mesh and micro-batch divide this optimizer step; got '3 rows on 256 devices'"
+    with pytest.raises(InputError, match=told):
+        best_plan(setting("v6e-256", "3B", words), tries=1, analytic=True)
 
 
 def made_plan(given: Setting, peak_gib: float) -> Plan:
@@ -244,6 +238,23 @@ def test_what_fits_is_told_with_its_head_room_and_what_bounds_it():
     assert figures["programs"][0]["bound_by"] == "compute"
     assert figures["programs"][0]["seconds"]["network"] == pytest.approx(1e9 / 200e9)
     assert figures["step"]["seconds"] == pytest.approx(8 * 1e12 / 197e12)
+
+
+def test_saved_lines_make_a_table_with_a_dash_for_what_a_compiler_that_refused_did_not_say():
+    fits, refused = made_plan(setting(), 10.0), made_plan(setting(model="72B"), 20.0)
+    unknown = refused.programs[0]._replace(memory=Memory(math.nan, math.nan, 20.0 * GIB, 0.0))
+    lines = [json.loads(report(plan).splitlines()[-1]) for plan in (fits, refused._replace(programs=[unknown]))]
+    text = tables(lines)
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| 7B", "| 72B"))]
+    assert [row[3:5] + row[7:9] for row in rows] == [
+        ["10.50", "5.25", "0.0406", "compute"],
+        ["20.50", "**-4.75**", "-", "-"],
+    ]
+    assert (
+        "| gradients | 8 | 0.93 | 0.93 | 10.00 | 0.50 | 1 | 0.93 | 0.93 | 5.08 | compute | all-gather 4 (0.93 GiB) |"
+        in text
+    )
+    assert "| gradients | 8 | - | - | 20.00 | 0.50 | - | - | - | - | - | does not fit |" in text
 
 
 def test_a_program_is_bounded_by_the_longest_of_three_times():
