@@ -137,10 +137,10 @@ def _more_split(setting: Setting) -> Iterator[tuple[str, Setting]]:
 
 def _more_chips(setting: Setting) -> Iterator[tuple[str, Setting]]:
     """With as many rows at a time as now, or where those do not divide as few as do."""
+    counts = (_rows(setting), *micro_batches(setting))
     for topology in larger(setting.topology):
         bigger = setting._replace(topology=topology)
         for mesh in meshes(bigger):
-            counts = (_rows(setting), *micro_batches(setting))
             dividing = filter(divides, (with_changes(bigger, mesh=mesh, rows=rows) for rows in counts))
             yield from (("more chips", changed) for changed in islice(dividing, 1))
 
