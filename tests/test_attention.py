@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sif_jax.ops.attention import attention, prefix_attention, segment_mask
+from sif_jax.ops.attention import attention, segment_mask
+from sif_jax.ops.group_attention import group_attention
 from sif_jax.ops.loss import chunked_logprobs
 from sif_jax.ops.windows import permute
 
@@ -34,7 +35,7 @@ def test_a_shared_prefix_gives_what_the_concatenated_sequence_gives():
     k, v = (normal(rng, prompts, samples, 2, length, 8) for _ in range(2))
     visible = jnp.arange(prefix_length)[None] < jnp.array([[6], [3]])
     causal = jnp.tril(jnp.ones((length, length), bool))
-    out = prefix_attention(q, prefix_k, prefix_v, visible, k, v, causal)
+    out = group_attention(q, prefix_k, prefix_v, visible, k, v, backend="xla")
     for p, m in np.ndindex(prompts, samples):
         keys = jnp.concatenate([prefix_k[p], k[p, m]], axis=1)[None]
         values = jnp.concatenate([prefix_v[p], v[p, m]], axis=1)[None]

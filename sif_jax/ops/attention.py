@@ -36,34 +36,6 @@ def attention(
     return (part.summed / part.total).swapaxes(1, 2).astype(v.dtype)
 
 
-def prefix_attention(
-    q: Shaped[Array, "P M T N H"],
-    prefix_k: Shaped[Array, "P K S H"],
-    prefix_v: Shaped[Array, "P K S H"],
-    prefix_mask: Bool[Array, "P S"],
-    k: Shaped[Array, "P M K U H"],
-    v: Shaped[Array, "P M K U H"],
-    mask: Bool[Array, "T U"],
-) -> Shaped[Array, "P M T N H"]:
-    """Each of the M samples of a prompt attends to the prompt's keys, held once, and to its own U keys.
-
-    The two parts are merged by log-sum-exp, so the result equals attention over the concatenated sequence.
-    """
-    prompts, samples, length, heads, dim = q.shape
-    shared = partial_attention(
-        q.reshape(prompts, samples * length, heads, dim), prefix_k, prefix_v, prefix_mask[:, None]
-    )
-    own_k, own_v = (x.reshape(prompts * samples, *x.shape[2:]) for x in (k, v))
-    own = partial_attention(q.reshape(prompts * samples, length, heads, dim), own_k, own_v, mask[None])
-
-    def per_sample(x: Array) -> Array:
-        x = x.reshape(prompts, heads, samples, length, x.shape[-1])
-        return x.swapaxes(1, 2).reshape(prompts * samples, heads, length, x.shape[-1])
-
-    out = merged(Partial(*map(per_sample, shared)), own)
-    return out.swapaxes(1, 2).reshape(q.shape).astype(v.dtype)
-
-
 def row_attention(
     q: Shaped[Array, "R N H"],
     prefix_k: Shaped[Array, "G K S H"],
@@ -75,7 +47,7 @@ def row_attention(
     members: Int[Array, "lane g M"],
     place: Int[Array, "lane r"],
 ) -> Shaped[Array, "R N H"]:
-    """The same for one query of each of R rows, which belong to G prompts in any order.
+    """One query of each of R rows attends to its prompt's keys, held once, and to its own; rows belong to G prompts in any order.
 
     Rows and prompts are those of lane 0, lane 1, …, and a row's prompt is in its lane. `members` are the rows of each prompt,
     counted in their lane and filled up with any row; a row stands at `place` of its lane's flattened members. Only queries

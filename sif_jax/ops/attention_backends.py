@@ -195,11 +195,13 @@ BACKENDS: dict[Backend, Callable[[Array, Array, Array, Array, bool, bool], Array
 
 
 def _padded(q: Array, k: Array, v: Array, segments: Array, length: int, dim: int) -> tuple[Array, Array, Array, Array]:
+    queries = head_major(padded(head_major(q), length, dim))
+    return queries, padded(k, length, dim), padded(v, length, dim), _lengthened(segments, length - segments.shape[1])
+
+
+def padded(x: Shaped[Array, "B K S H"], length: int, dim: int) -> Shaped[Array, "B K U W"]:
     """Longer rows and wider heads."""
-    rest, wider = length - q.shape[1], [(0, 0)] * 3 + [(0, dim - q.shape[3])]
-    q, k, v = (jnp.pad(x, wider) for x in (q, k, v))
-    k, v = (head_major(_lengthened(head_major(x), rest)) for x in (k, v))
-    return _lengthened(q, rest), k, v, _lengthened(segments, rest)
+    return jnp.pad(x, [(0, 0), (0, 0), (0, length - x.shape[2]), (0, dim - x.shape[3])])
 
 
 def _lengthened(x: Shaped[Array, "B T *rest"], rest: int) -> Shaped[Array, "B U *rest"]:

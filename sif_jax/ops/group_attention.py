@@ -1,7 +1,7 @@
 """Attention of the completions of a prompt to the prompt, held once, and to themselves, by any backend (pure).
 
-XLA keeps the two parts apart (`attention.prefix_attention`). A fused kernel is given each completion as a row of its own that
-continues its prompt: keys, which grouped queries make small, are repeated for it; logits are never held.
+XLA keeps the two parts apart. A fused kernel is given each completion as a row of its own that continues its prompt: keys, which
+grouped queries make small, are repeated for it; logits are never held.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import CausalMask, Segment
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Shaped
 
-from sif_jax.ops.attention import head_major, prefix_attention
+from sif_jax.ops.attention import Partial, head_major, merged, partial_attention
 from sif_jax.ops.attention_backends import (
     CUDNN_MULTIPLE,
     LANES,
     Backend,
+    padded,
     round_up,
     splash_block,
     splash_kernel,
@@ -43,11 +44,10 @@ def group_attention(
 
     On a mesh each device takes its share of the prompts, or else of every prompt's samples, and of the heads.
     """
-    if backend == "xla":
-        length = q.shape[2]
-        return prefix_attention(q, prefix_k, prefix_v, prefix_mask, k, v, jnp.tril(jnp.ones((length, length), bool)))
-    attend = partial(_as_rows, {"splash": _splash, "cudnn": _cudnn}[backend])
     arrays = q, prefix_k, prefix_v, prefix_mask, k, v
+    if backend == "xla":
+        return _xla(*arrays)
+    attend = partial(_as_rows, {"splash": _splash, "cudnn": _cudnn}[backend])
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return attend(*arrays)
@@ -62,6 +62,24 @@ def group_attention(
         out_specs=queries,
         check_vma=False,
     )(*arrays)
+
+
+def _xla(q: Array, prefix_k: Array, prefix_v: Array, prefix_mask: Array, k: Array, v: Array) -> Array:
+    """The two parts are merged by log-sum-exp, so the result equals attention over the concatenated sequence."""
+    prompts, samples, length, heads, dim = q.shape
+    shared = partial_attention(
+        q.reshape(prompts, samples * length, heads, dim), prefix_k, prefix_v, prefix_mask[:, None]
+    )
+    own_k, own_v = (x.reshape(prompts * samples, *x.shape[2:]) for x in (k, v))
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    own = partial_attention(q.reshape(prompts * samples, length, heads, dim), own_k, own_v, causal[None])
+
+    def per_sample(x: Array) -> Array:
+        x = x.reshape(prompts, heads, samples, length, x.shape[-1])
+        return x.swapaxes(1, 2).reshape(prompts * samples, heads, length, x.shape[-1])
+
+    out = merged(Partial(*map(per_sample, shared)), own)
+    return out.swapaxes(1, 2).reshape(q.shape).astype(v.dtype)
 
 
 def _as_rows(
@@ -87,10 +105,10 @@ def _splash(
     (rows, length, _, dim), total = q.shape, k.shape[2]
     blocks = splash_block(length), splash_block(total)
     long, longer, wide = round_up(length, blocks[0]), round_up(total, blocks[1]), round_up(dim, LANES)
-    queries = _padded(head_major(q) * dim**-0.5, long, wide)
+    queries = padded(head_major(q) * dim**-0.5, long, wide)
     segments = SegmentIds(jnp.ones((rows, long), jnp.int32), _hidden_beyond(visible, longer).astype(jnp.int32))
     causal = partial(CausalMask, offset=total - length)
-    out = splash_kernel(queries, _padded(k, longer, wide), _padded(v, longer, wide), segments, causal, blocks)
+    out = splash_kernel(queries, padded(k, longer, wide), padded(v, longer, wide), segments, causal, blocks)
     return head_major(out[:, :, :length, :dim])
 
 
@@ -100,18 +118,14 @@ def _cudnn(q: Array, k: Array, v: Array, visible: Array) -> Array:
     long, longer, wide = (round_up(size, CUDNN_MULTIPLE) for size in (length, total, dim))
     past = jnp.arange(long)[:, None] + total - length >= jnp.arange(longer)[None]
     out = jax.nn.dot_product_attention(
-        head_major(_padded(head_major(q), long, wide)),
-        head_major(_padded(k, longer, wide)),
-        head_major(_padded(v, longer, wide)),
+        head_major(padded(head_major(q), long, wide)),
+        head_major(padded(k, longer, wide)),
+        head_major(padded(v, longer, wide)),
         mask=(past[None] & _hidden_beyond(visible, longer)[:, None])[:, None],
         scale=dim**-0.5,
         implementation="cudnn",
     )
     return out[:, :length, :, :dim]
-
-
-def _padded(x: Shaped[Array, "R K U H"], length: int, dim: int) -> Shaped[Array, "R K V W"]:
-    return jnp.pad(x, [(0, 0), (0, 0), (0, length - x.shape[2]), (0, dim - x.shape[3])])
 
 
 def _hidden_beyond(visible: Bool[Array, "R U"], length: int) -> Bool[Array, "R V"]:
