@@ -17,7 +17,7 @@ GATE = ("decoder", "layers", "mlp", "gate_proj", "kernel")
 
 @pytest.fixture
 def policy():
-    """(graphdef, trainable, frozen) of a model whose layers are written out, as no layer of few is not."""
+    """(graphdef, trainable, frozen); so few layers are always written out."""
     return random_policy(tiny_architecture(layers=LAYERS), dtype="float32")
 
 

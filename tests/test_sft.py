@@ -11,6 +11,7 @@ import pytest
 from sif_jax.config import SftConfig
 from sif_jax.training import sft
 from sif_jax.training.checkpoint import Checkpoints
+from sif_jax.training.layer_arrays import take_apart
 from sif_jax.training.metrics import MetricsLog, read_metrics
 from tests.conftest import ROOT
 from tests.tiny_run import assert_same_weights, changed_weights, measured, tiny_config, tiny_files, weights
@@ -71,13 +72,15 @@ def test_lora_trains_the_adapters_alone(tmp_path, freeze_vision):
     assert {name.split(".")[-2] for name in changed if name.startswith("model.")} == with_adapters
 
 
-def test_layers_that_are_written_out_train_the_same_model(tmp_path):
-    short = ["lora={rank: 2, dropout: 0.1}", "max_steps=2"]
-    loop, written = (
-        train(tmp_path / value, *short, f"model.scan_layers={value}", "model.remat=dots") for value in ("true", "false")
-    )
-    assert [row["loss"] for row in read_metrics(loop)] == [row["loss"] for row in read_metrics(written)]
-    assert_same_weights(loop, written)
+def test_layers_that_are_arrays_of_their_own_train_the_same_model(tmp_path, monkeypatch):
+    short, taken = ["lora={rank: 2, dropout: 0.1}", "max_steps=2", "model.remat=dots"], []
+    monkeypatch.setattr(sft, "take_apart", lambda frozen: taken.append(frozen) or take_apart(frozen))
+    stacked = train(tmp_path / "stacked", *short)
+    assert not taken
+    apart = train(tmp_path / "apart", *short, "model.scan_layers=false")
+    assert len(taken) == 1
+    assert [row["loss"] for row in read_metrics(stacked)] == [row["loss"] for row in read_metrics(apart)]
+    assert_same_weights(stacked, apart)
 
 
 def test_packed_rows_train_as_many_tokens_in_fewer_rows(tmp_path):

@@ -30,9 +30,9 @@ def take_apart(frozen: nnx.State) -> LayerArrays:
     return _apart(frozen, _unstacked)
 
 
-def put_together(arrays: LayerArrays) -> nnx.State:
-    """The inverse, for the end of a run; it uses up the layers' arrays."""
-    return _together(arrays, _restacked)
+def put_together(frozen: nnx.State | LayerArrays) -> nnx.State:
+    """The inverse, for the end of a run; it uses up the layers' arrays. A state is left as it is."""
+    return _together(frozen, _restacked) if isinstance(frozen, LayerArrays) else frozen
 
 
 def stacked(frozen: nnx.State | LayerArrays) -> nnx.State:
@@ -51,22 +51,17 @@ def abstract_layers(frozen: nnx.State) -> LayerArrays:
 
 
 def _apart(frozen: nnx.State, unstack: Callable[[Any], list[Any]]) -> LayerArrays:
-    rest, layers = [], None
-    for path, leaf in nnx.to_flat_state(frozen):
-        if path[: len(DECODER_LAYERS)] != DECODER_LAYERS:
-            rest.append((path, leaf))
-            continue
-        parts = [(path, leaf.replace(part)) for part in unstack(leaf.get_value())]
-        layers = [[] for _ in parts] if layers is None else layers
-        for layer, part in zip(layers, parts, strict=True):
-            layer.append(part)
-    return LayerArrays(nnx.from_flat_state(rest), tuple(nnx.from_flat_state(layer) for layer in layers or []))
+    stacks, rest = nnx.split_state(frozen, lambda path, _: path[: len(DECODER_LAYERS)] == DECODER_LAYERS, ...)
+    leaves, structure = jax.tree.flatten(stacks)
+    parts = zip(*map(unstack, leaves), strict=True)
+    return LayerArrays(rest, tuple(jax.tree.unflatten(structure, part) for part in parts))
 
 
 def _together(arrays: LayerArrays, stack: Callable[[list[Any]], Any]) -> nnx.State:
-    layers = [nnx.to_flat_state(layer) for layer in arrays.layers]
-    leaves = [(each[0][0], each[0][1].replace(stack([leaf.get_value() for _, leaf in each]))) for each in zip(*layers)]
-    return nnx.from_flat_state([*nnx.to_flat_state(arrays.rest), *leaves])
+    """A frozen state without the decoder's layers, as of a full fine-tune, is its own rest."""
+    if not arrays.layers:
+        return arrays.rest
+    return nnx.merge_state(arrays.rest, jax.tree.map(lambda *parts: stack(list(parts)), *arrays.layers))
 
 
 def _unstacked(stack: Shaped[Array, "layer *rest"]) -> list[Shaped[Array, "*rest"]]:

@@ -130,9 +130,7 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
         checkpoints.finish()
         preemption.check(steps)
         feed.report_skipped()
-        if isinstance(frozen, LayerArrays):
-            policy = dataclasses.replace(policy, frozen=put_together(frozen))
-        export_policy(policy, state.trainable, directory)
+        export_policy(dataclasses.replace(policy, frozen=put_together(frozen)), state.trainable, directory)
     return directory
 
 
