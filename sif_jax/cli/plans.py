@@ -13,7 +13,11 @@ from sif_jax.cli.command import json_option, main
 @click.argument("words", nargs=-1, metavar="CONFIG.yaml [KEY=VALUE]...")
 @click.option("--topology", required=True, help="v5e:4x4, v5p:2x2x4, v6e:8x8, v5e-16, v5p-32 (16 chips), gpu:h20x8, …")
 @click.option("--model", metavar="3B|7B|32B|72B|DIR", help="By its config.json; default: the config's model.path.")
-@click.option("--search", is_flag=True, help="Try other meshes, micro-batches and remat policies; propose the best.")
+@click.option(
+    "--search",
+    is_flag=True,
+    help="Try other meshes, micro-batches and remat policies; propose the best, or what lacks least.",
+)
 @click.option("--tries", default=3, show_default=True, help="Candidates of --search that are compiled.")
 @click.option("--completion-tokens", type=int, help="GRPO: expected tokens of the longest completion of a step.")
 @click.option("--analytic", is_flag=True, help="Formulas alone: seconds, and no compiler is needed.")
