@@ -17,7 +17,6 @@ from sif_jax.parallel.placement import put_groups, shard_groups, shard_rows, spl
 from sif_jax.rollout.engine import Rollout, encode_images
 from sif_jax.training import grpo, sft
 from sif_jax.training.groups import Groups, split_rows, to_learn
-from sif_jax.training.layer_arrays import take_apart
 from sif_jax.training.optimizer import make_optimizer
 from sif_jax.training.policy_files import open_policy
 from sif_jax.training.reference import reference_of
@@ -42,10 +41,9 @@ def opened(config, target, rows, mesh):
 
 def sft_update(config, mesh):
     policy, arrays, where, apply, optimizer = opened(config, "cot", config.batch_size, mesh)
-    frozen = policy.frozen if config.model.scan_layers else take_apart(policy.frozen)
     gradients = sft.make_gradients(policy.graphdef, dropout=config.lora is not None, shardings=where)
     state = initial_state(policy.trainable, optimizer, where)
-    summed, sums = gradients(None, state.trainable, frozen, shard_rows(arrays, mesh), jax.random.key(1))
+    summed, sums = gradients(None, state.trainable, policy.frozen, shard_rows(arrays, mesh), jax.random.key(1))
     return (summed, sums, *apply(state, summed, sums.tokens))
 
 

@@ -21,10 +21,11 @@ from sif_jax.data.feed import open_feed
 from sif_jax.judge import JudgeStoppedError, RuleJudge
 from sif_jax.judge import completions as judging
 from sif_jax.models.qwen2_5_vl.checkpoint import open_model
+from sif_jax.models.qwen2_5_vl.layer_arrays import take_apart
 from sif_jax.models.qwen2_5_vl.lora import split_trainable
 from sif_jax.parallel.mesh import data_mesh
 from sif_jax.rollout.sampling import sample_keys
-from sif_jax.training import grpo
+from sif_jax.training import grpo, policy_files
 from sif_jax.training.checkpoint import Checkpoints
 from sif_jax.training.metrics import MetricsLog, read_metrics
 from sif_jax.training.policy import completion_logprobs
@@ -76,6 +77,17 @@ def visits(monkeypatch):
 
 
 EPOCHS = ["data.limit=4", "max_steps=3", "run.save_every=2"]  # every step visits all four prompts
+
+
+def test_layers_that_are_arrays_of_their_own_train_the_same_policy(tmp_path, monkeypatch):
+    short, taken = ["lora={rank: 2, dropout: 0.1}", "data.limit=4", "max_steps=2", "model.remat=dots"], []
+    monkeypatch.setattr(policy_files, "take_apart", lambda frozen: taken.append(frozen) or take_apart(frozen))
+    stacked = train(tmp_path / "stacked", *short)
+    assert not taken
+    apart = train(tmp_path / "apart", *short, "model.scan_layers=false")
+    assert len(taken) == 1
+    assert measured(stacked) == measured(apart)
+    assert_same_weights(stacked, apart)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,15 @@ import pytest
 from flax import nnx
 
 from sif_jax.bench.workload import random_batch, random_policy
+from sif_jax.models.qwen2_5_vl.layer_arrays import (
+    DECODER_LAYERS,
+    abstract_layers,
+    are_apart,
+    put_together,
+    separate_layers,
+    take_apart,
+)
 from sif_jax.training import sft
-from sif_jax.training.layer_arrays import abstract_layers, put_together, stacked, take_apart
 from tests.architectures import tiny_architecture
 from tests.test_memory import shapes_in
 
@@ -32,7 +39,7 @@ def test_put_together_gives_back_every_array_and_each_form_is_used_up(policy):
     apart = take_apart(frozen)
     assert stack.is_deleted(), "the weights are not held twice"
     assert len(apart.layers) == LAYERS
-    part = arrays(apart.layers[1])[GATE]
+    part = arrays(apart.layers[1])[GATE[len(DECODER_LAYERS) :]]
     np.testing.assert_array_equal(part, before[GATE][1])
     after = arrays(put_together(apart))
     assert part.is_deleted()
@@ -45,7 +52,8 @@ def test_a_state_without_frozen_layers_stays_as_it_is():
     _, _, frozen = random_policy(tiny_architecture(), dtype="float32", lora_rank=None)
     apart = take_apart(frozen)
     assert apart.layers == ()
-    assert arrays(stacked(apart)).keys() == arrays(frozen).keys()
+    assert not are_apart((apart,))
+    assert arrays(put_together(apart)).keys() == arrays(frozen).keys()
 
 
 def test_gradients_are_those_of_the_stack_and_no_program_stacks_the_layers_again(policy):
@@ -62,3 +70,18 @@ def test_gradients_are_those_of_the_stack_and_no_program_stacks_the_layers_again
     assert whole not in shapes_in(add.lower(None, trainable, shapes, batch, key).compile())
     gradients, others = add(None, trainable, apart, batch, key)
     jax.tree.map(np.testing.assert_array_equal, (gradients, others), (expected, sums))
+
+
+def test_a_rollout_decodes_from_the_weights_as_they_lie_and_copies_adapters_alone(policy):
+    _, trainable, frozen = policy
+    expected = separate_layers((trainable, frozen))
+    values = [{path: np.array(x) for path, x in arrays(layer).items()} for layer in expected]
+    apart = take_apart(frozen)
+    assert are_apart((trainable, apart))
+    layers = separate_layers((trainable, apart))
+    for layer, held, value in zip(layers, apart.layers, values, strict=True):
+        found = arrays(layer)
+        assert found.keys() == value.keys() > arrays(held).keys()
+        assert all(found[path] is x for path, x in arrays(held).items()), "no second copy of the weights"
+        for path, x in found.items():
+            np.testing.assert_array_equal(x, value[path], err_msg=str(path))

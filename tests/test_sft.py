@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from sif_jax.config import SftConfig
-from sif_jax.training import sft
+from sif_jax.models.qwen2_5_vl.layer_arrays import take_apart
+from sif_jax.training import policy_files, sft
 from sif_jax.training.checkpoint import Checkpoints
-from sif_jax.training.layer_arrays import take_apart
 from sif_jax.training.metrics import MetricsLog, read_metrics
 from tests.conftest import ROOT
 from tests.tiny_run import assert_same_weights, changed_weights, measured, tiny_config, tiny_files, weights
@@ -74,7 +74,7 @@ def test_lora_trains_the_adapters_alone(tmp_path, freeze_vision):
 
 def test_layers_that_are_arrays_of_their_own_train_the_same_model(tmp_path, monkeypatch):
     short, taken = ["lora={rank: 2, dropout: 0.1}", "max_steps=2", "model.remat=dots"], []
-    monkeypatch.setattr(sft, "take_apart", lambda frozen: taken.append(frozen) or take_apart(frozen))
+    monkeypatch.setattr(policy_files, "take_apart", lambda frozen: taken.append(frozen) or take_apart(frozen))
     stacked = train(tmp_path / "stacked", *short)
     assert not taken
     apart = train(tmp_path / "apart", *short, "model.scan_layers=false")

@@ -21,6 +21,7 @@ from sif_jax.bench.transformers_generate import TransformersGenerate
 from sif_jax.bench.workload import random_batch
 from sif_jax.config import DecodeBenchConfig
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from sif_jax.models.qwen2_5_vl.layer_arrays import separate_layers
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from sif_jax.models.qwen2_5_vl.weights import load_model, save_model
 from sif_jax.ops.attention_choice import choose_backend
@@ -141,7 +142,7 @@ def _step_figures(
     )
     model: Qwen2_5_VL = nnx.eval_shape(lambda: nnx.merge(graphdef, *states))
     separate = separates_layers()
-    layers = programs.separate_layers(graphdef, states) if separate else None
+    layers = separate_layers(states) if separate else None
     shapes = {"dtype": model.compute_dtype, "separate": separate}
     pool = programs.empty_pool(model.config.text, slots.prompts, config.tokens, **shapes)
     cache = programs.empty_cache(model.config.text, slots.rows, slots.rings[-1], **shapes)

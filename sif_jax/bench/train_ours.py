@@ -28,6 +28,7 @@ from sif_jax.config import GrpoConfig, LoraConfig, MeshConfig, OptimizerConfig, 
 from sif_jax.models.qwen2_5_vl.adapter import load_adapter, save_adapter
 from sif_jax.models.qwen2_5_vl.axes import place_parameters
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from sif_jax.models.qwen2_5_vl.layer_arrays import take_apart
 from sif_jax.models.qwen2_5_vl.lora import add_lora, linear_layers, split_trainable
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from sif_jax.models.qwen2_5_vl.weights import abstract_model, load_model, save_model
@@ -39,7 +40,6 @@ from sif_jax.parallel.placement import put_groups, shard_rows
 from sif_jax.rollout.engine import encode_images
 from sif_jax.training import grpo, sft
 from sif_jax.training.groups import Completions, Groups, split_rows
-from sif_jax.training.layer_arrays import take_apart
 from sif_jax.training.optimizer import make_optimizer
 from sif_jax.training.reference import reference_of
 from sif_jax.training.state import from_zeros, initial_state, make_apply, state_shardings
@@ -74,9 +74,9 @@ class OurTraining:
         self._state = initial_state(trainable, optimizer, where)
         self._apply = make_apply(optimizer, where)
         self._key = jax.random.key(config.seed)
+        if not config.scan_layers:
+            self._frozen = take_apart(self._frozen)
         if stage == "sft":
-            if not config.scan_layers:
-                self._frozen = take_apart(self._frozen)
             self._gradients = sft.make_gradients(
                 self._graphdef, dropout=False, packed=self._work.packed is not None, shardings=where
             )

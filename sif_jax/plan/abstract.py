@@ -18,13 +18,14 @@ from sif_jax.config import BucketsConfig, TrainConfig
 from sif_jax.data.batch import Collator
 from sif_jax.models.qwen2_5_vl.axes import parameter_sharding
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from sif_jax.models.qwen2_5_vl.layer_arrays import AnyState, abstract_layers
 from sif_jax.models.qwen2_5_vl.lora import add_lora, split_trainable
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from sif_jax.ops.attention_backends import Backend
 from sif_jax.parallel.partition import sharding
 from sif_jax.parallel.placement import BATCH_AXES
 
-AbstractPolicy = tuple[nnx.GraphDef, nnx.State, nnx.State]
+AbstractPolicy = tuple[nnx.GraphDef, nnx.State, AnyState]
 
 
 def abstract_policy(
@@ -53,7 +54,10 @@ def abstract_policy(
         for path, leaf in nnx.to_flat_state(state)
     ]
     model = nnx.merge(graphdef, nnx.from_flat_state(placed))
-    return split_trainable(model, lora=config.lora is not None, freeze_vision=config.freeze_vision)
+    graphdef, trainable, frozen = split_trainable(
+        model, lora=config.lora is not None, freeze_vision=config.freeze_vision
+    )
+    return graphdef, trainable, frozen if config.model.scan_layers else abstract_layers(frozen)
 
 
 def abstract_batch(

@@ -153,11 +153,13 @@ def _rollout(config: GrpoConfig, model: Qwen2_5_VLConfig, shape: Shape) -> dict[
 
 
 def _layers_apart(config: GrpoConfig, model: Qwen2_5_VLConfig) -> float:
-    """The decoder's weights once more (`separate_layers`), biases and norms left out."""
+    """The decoder's weights once more (`separate_layers`), biases and norms left out; not where they are apart all the time."""
+    if config.separate_layers is False or not config.model.scan_layers:
+        return 0.0
     text = model.text
     attention = 2 * text.hidden_size * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
     layer = attention + 3 * text.hidden_size * text.intermediate_size
-    return 0.0 if config.separate_layers is False else float(_itemsize(config) * text.num_hidden_layers * layer)
+    return float(_itemsize(config) * text.num_hidden_layers * layer)
 
 
 def _backward(config: TrainConfig, model: Qwen2_5_VLConfig, shape: Shape) -> dict[str, float]:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from sif_jax.config import GrpoConfig, SftConfig, TrainConfig
 from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from sif_jax.models.qwen2_5_vl.layer_arrays import are_apart, copy_layers, join_layers, stacked_states
 from sif_jax.ops.attention_backends import Backend
 from sif_jax.ops.attention_choice import NATIVE
 from sif_jax.parallel.partition import num_shards
@@ -34,7 +35,6 @@ from sif_jax.rollout.sampling import Sampling
 from sif_jax.rollout.schedule import Slots, Spread, empty_rows
 from sif_jax.training import grpo, sft
 from sif_jax.training.groups import Completions, Groups
-from sif_jax.training.layer_arrays import abstract_layers
 from sif_jax.training.optimizer import make_optimizer
 from sif_jax.training.reference import Reference, reference_logprobs, reference_of
 from sif_jax.training.state import StateShardings, TrainState, make_apply, state_shardings
@@ -103,7 +103,8 @@ def _programs(
     if isinstance(config, SftConfig):
         yield from sft_programs(config, architecture, mesh, state)
     elif isinstance(config, GrpoConfig):
-        separate = platform != "tpu" if config.separate_layers is None else config.separate_layers
+        wanted = platform != "tpu" if config.separate_layers is None else config.separate_layers
+        separate = are_apart(state.states) or wanted
         yield from grpo_programs(config, architecture, mesh, state, separate, compile_, completion_tokens)
 
 
@@ -138,8 +139,7 @@ def sft_programs(config: SftConfig, architecture: Qwen2_5_VLConfig, mesh: Mesh, 
     function = sft.make_gradients(
         state.graphdef, dropout=has_dropout(config), packed=config.packing, shardings=state.shardings
     )
-    frozen = state.frozen if config.model.scan_layers else abstract_layers(state.frozen)
-    arguments = (state.trainable, frozen, batch, random_key(mesh))
+    arguments = (state.trainable, state.frozen, batch, random_key(mesh))
     earlier = earlier_sums(function, arguments, mesh)
     moments, waiting = device_bytes(state.moments), device_bytes(batch)
     yield Program(
@@ -237,10 +237,11 @@ def rollout_programs(
     graphdef, states = state.graphdef, state.states
     layers = None
     if separate:
-        apart = Program("layers apart", rollout.separate_layers, (graphdef, states), {}, 1, held)
+        apart = Program("layers apart", copy_layers, (stacked_states(states),), {}, 1, held)
         yield apart
-        layers = results(apart, compile_)
-    held += device_bytes(layers)
+        copies = results(apart, compile_)
+        layers = join_layers(states, copies)
+        held += device_bytes(copies)
     pool = made(rollout.empty_pool, slots=lanes * slots.prompts, length=length)
     unit, shown = prompts_unit(config, architecture, mesh, batch, features, each * lanes if by_prompts else each)
     places = jax.ShapeDtypeStruct((lanes, each), jnp.int32)

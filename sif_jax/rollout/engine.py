@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 
 from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.config import TextConfig
+from sif_jax.models.qwen2_5_vl.layer_arrays import AnyState, are_apart, merge_model, separate_layers
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from sif_jax.parallel.partition import num_shards
 from sif_jax.parallel.placement import split_by_prompts
@@ -60,7 +61,7 @@ class Rollout(NamedTuple):
 
 def generate(
     graphdef: nnx.GraphDef,
-    states: tuple[nnx.State, ...],
+    states: tuple[AnyState, ...],
     batch: AnyBatch,
     features: Shaped[Array, "P I D"],
     keys: Key[Array, "P M"],
@@ -114,7 +115,7 @@ def generate(
 
 def stream(
     graphdef: nnx.GraphDef,
-    states: tuple[nnx.State, ...],
+    states: tuple[AnyState, ...],
     units: Iterable[Prompts],
     *,
     sampling: Sampling,
@@ -128,14 +129,15 @@ def stream(
     """Completions as they end. Units are taken one by one, when there is room for their prompts.
 
     `separate` holds each layer's weights, for the time of the rollout, as arrays of their own: a second copy of the decoder,
-    where XLA would copy each layer out of its stack at every step; None: on CPU and GPU, where it would. `between` is called
-    before every run of decoding steps; what it raises ends the rollout.
+    where XLA would copy each layer out of its stack at every step; None: on CPU and GPU, where it would. States that are apart
+    already are decoded from as they are, whatever it says. `between` is called before every run of decoding steps; what it
+    raises ends the rollout.
     """
     if sampling.stop and decode_text is None:
         raise InputError("stop strings need the text", value=sampling.stop, fix="give decode_text")
-    separate = separates_layers() if separate is None else separate
-    layers = programs.separate_layers(graphdef, states) if separate else None
-    model: Qwen2_5_VL = nnx.eval_shape(lambda states: nnx.merge(graphdef, *states), states)
+    separate = are_apart(states) or (separates_layers() if separate is None else separate)
+    layers = separate_layers(states) if separate else None
+    model: Qwen2_5_VL = nnx.eval_shape(lambda states: merge_model(graphdef, *states), states)
     text, dtype = model.config.text, model.compute_dtype
     schedule = Schedule(slots, sampling.stop_ids, _ends(sampling.stop, decode_text), usage or Usage())
     queue, pool, cache, column = _Queue(units), None, None, 0

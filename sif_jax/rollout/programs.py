@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sif_jax.models.qwen2_5_vl.config import TextConfig
 from sif_jax.models.qwen2_5_vl.decoder import Cache, Prefix, RowPlaces
-from sif_jax.models.qwen2_5_vl.model import Batch, Qwen2_5_VL
+from sif_jax.models.qwen2_5_vl.layer_arrays import AnyState, merge_model
+from sif_jax.models.qwen2_5_vl.model import Batch
 from sif_jax.ops.attention import take_in_lanes
 from sif_jax.ops.windows import take_rows
 from sif_jax.parallel.partition import constrain, on_own_rows
@@ -47,18 +48,13 @@ class _Loop(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def encode_images(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...], batch: Batch) -> Shaped[Array, "P I D"]:
+def encode_images(graphdef: nnx.GraphDef, states: tuple[AnyState, ...], batch: Batch) -> Shaped[Array, "P I D"]:
     """Image features of a prompt batch, to be reused while the vision tower does not change."""
-    model: Qwen2_5_VL = nnx.merge(graphdef, *states)
+    model = merge_model(graphdef, *states)
     rows, patches = batch["patches"].shape[:2]
     if not patches:
         return jnp.zeros((rows, 0, model.config.text.hidden_size), model.compute_dtype)
     return model.image_features(batch)
-
-
-@partial(jax.jit, static_argnames="graphdef")
-def separate_layers(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> tuple[nnx.State, ...]:
-    return nnx.merge(graphdef, *states).decoder.separate_layers()
 
 
 def next_positions(batch: Batch) -> Int[Array, "P"]:
@@ -91,7 +87,7 @@ def empty_cache(config: TextConfig, rows: int, length: int, dtype: DTypeLike, *,
 @partial(jax.jit, static_argnames=("graphdef", "spread"), donate_argnames="pool")
 def prefill(
     graphdef: nnx.GraphDef,
-    states: tuple[nnx.State, ...],
+    states: tuple[AnyState, ...],
     pool: Pool,
     batch: Batch,
     features: Shaped[Array, "P I D"],
@@ -103,7 +99,7 @@ def prefill(
 
     The rows of `batch` are those of lane 0, lane 1, …; or, where lanes share out samples, of every lane.
     """
-    model: Qwen2_5_VL = nnx.merge(graphdef, *states)
+    model = merge_model(graphdef, *states)
     hidden, k, v = model.decoder.prefill(model.embed_prompt(batch, features), batch["positions"], batch["segments"])
     real = batch["segments"] > 0
     last = take_rows(hidden, real.sum(-1, keepdims=True) - 1)[:, 0]
@@ -133,7 +129,7 @@ def prefill(
 @partial(jax.jit, static_argnames=("graphdef", "sampling", "max_steps"), donate_argnames="cache")
 def decode(
     graphdef: nnx.GraphDef,
-    states: tuple[nnx.State, ...],
+    states: tuple[AnyState, ...],
     layers: Layers,
     pool: Pool,
     cache: Cache,
@@ -147,7 +143,7 @@ def decode(
 
     `column` of the ring was the last one written.
     """
-    model: Qwen2_5_VL = nnx.merge(graphdef, *states)
+    model = merge_model(graphdef, *states)
     keys, width, lanes = jax.random.wrap_key_data(rows.keys), ring_length(cache), len(rows.patience)
     fresh, occupied = (rows.lengths == 0) & (rows.limits > 0), rows.limits > 0
     starts, stop_ids = take_in_lanes(pool.starts, rows.slots), jnp.asarray(sampling.stop_ids, jnp.int32)

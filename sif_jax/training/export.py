@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import yaml
-from flax import nnx
 
 from sif_jax.atomic import new_directory
 from sif_jax.config import ExportConfig, GrpoConfig, ModelConfig, SftConfig, TrainConfig, load_config
@@ -17,7 +16,7 @@ from sif_jax.models.qwen2_5_vl.image_processor import recorded_pixels
 from sif_jax.models.qwen2_5_vl.lora import merge_lora
 from sif_jax.models.qwen2_5_vl.weights import write_model
 from sif_jax.training.checkpoint import Checkpoints
-from sif_jax.training.policy_files import open_policy, write_adapter, write_merged
+from sif_jax.training.policy_files import open_policy, whole_model, write_adapter, write_merged
 
 
 def export(config: ExportConfig) -> Path:
@@ -49,7 +48,7 @@ def _export_run(config: ExportConfig, out: Path) -> None:
     like = {"state": {"trainable": policy.trainable}}
     _, saved, _ = checkpoints.restore(config.step, like, partial=True)
     checkpoints.close()
-    model = nnx.merge(policy.graphdef, saved["state"]["trainable"], policy.frozen, copy=True)
+    model = whole_model(policy, saved["state"]["trainable"])
     (write_merged if config.format == "merged" else write_adapter)(policy, model, out)
 
 

@@ -24,6 +24,7 @@ from sif_jax.config import GrpoConfig, flat_config
 from sif_jax.data.feed import open_feed
 from sif_jax.errors import PreemptedError
 from sif_jax.judge import Judge, JudgeStoppedError, open_judge
+from sif_jax.models.qwen2_5_vl.layer_arrays import AnyState, merge_model
 from sif_jax.models.qwen2_5_vl.model import Batch
 from sif_jax.parallel.distributed import data_shard, gather_rows, is_first
 from sif_jax.parallel.mesh import make_mesh
@@ -191,7 +192,7 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
 
 def sample(
     policy: Policy,
-    states: tuple[nnx.State, ...],
+    states: tuple[AnyState, ...],
     batch: Batch,
     keys: Key[Array, "P M"],
     config: GrpoConfig,
@@ -249,7 +250,7 @@ def refer(reference: Reference | None, completions: Completions, config: GrpoCon
 def sum_gradients(
     add_gradients: Callable[..., tuple[nnx.State, Sums]],
     state: TrainState,
-    frozen: nnx.State,
+    frozen: AnyState,
     groups: Groups,
     config: GrpoConfig,
     *,
@@ -272,12 +273,12 @@ def make_gradients(
     on_policy = config.updates_per_rollout == 1
     dropout = config.lora is not None and config.lora.dropout > 0
 
-    def gradients(trainable: nnx.State, frozen: nnx.State, groups: Groups, key: Array) -> tuple[nnx.State, Sums]:
+    def gradients(trainable: nnx.State, frozen: AnyState, groups: Groups, key: Array) -> tuple[nnx.State, Sums]:
         sampled = groups.completions
 
         def loss(trainable: nnx.State) -> tuple[Array, Sums]:
             logprobs, entropy = completion_logprobs(
-                nnx.merge(graphdef, trainable, frozen, copy=True),
+                merge_model(graphdef, trainable, frozen, copy=True),
                 sampled.batch,
                 sampled.features,
                 sampled.ids,

@@ -16,6 +16,7 @@ from sif_jax.models.qwen2_5_vl.axes import place_parameters
 from sif_jax.models.qwen2_5_vl.chat import ChatProcessor
 from sif_jax.models.qwen2_5_vl.checkpoint import Checkpoint, find_checkpoint, open_model, open_processor
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from sif_jax.models.qwen2_5_vl.layer_arrays import AnyState, put_together, take_apart
 from sif_jax.models.qwen2_5_vl.lora import add_lora, lora_of, merge_lora, split_trainable
 from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from sif_jax.models.qwen2_5_vl.weights import gather_weights, write_model
@@ -31,7 +32,7 @@ class Policy:
     config: Qwen2_5_VLConfig
     graphdef: nnx.GraphDef
     trainable: nnx.State
-    frozen: nnx.State
+    frozen: AnyState  # its decoder's layers apart where the model writes them out
     source: Checkpoint
 
 
@@ -47,7 +48,13 @@ def open_policy(
         add_lora(model, **lora.model_dump(), freeze_vision=freeze_vision, rngs=nnx.Rngs(params=seed))
         place_parameters(model, mesh)
     graphdef, trainable, frozen = split_trainable(model, lora=lora is not None, freeze_vision=freeze_vision)
-    return Policy(open_processor(config), model.config, graphdef, trainable, frozen, find_checkpoint(config))
+    held = frozen if config.scan_layers else take_apart(frozen)
+    return Policy(open_processor(config), model.config, graphdef, trainable, held, find_checkpoint(config))
+
+
+def whole_model(policy: Policy, trainable: nnx.State) -> Qwen2_5_VL:
+    """With these weights; those of `policy.frozen` are used up."""
+    return nnx.merge(policy.graphdef, trainable, put_together(policy.frozen), copy=True)
 
 
 def export_policy(policy: Policy, trainable: nnx.State, run: Path) -> None:
@@ -58,7 +65,7 @@ def export_policy(policy: Policy, trainable: nnx.State, run: Path) -> None:
     Raises:
       InputError: on every process, where the first cannot write.
     """
-    model = nnx.merge(policy.graphdef, trainable, policy.frozen, copy=True)
+    model = whole_model(policy, trainable)
     problem = None
     try:
         if lora_of(model).factors and not policy.source.adapter:

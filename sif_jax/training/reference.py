@@ -14,19 +14,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from sif_jax.models.qwen2_5_vl.layer_arrays import AnyState, merge_model
 from sif_jax.models.qwen2_5_vl.lora import linear_layers
-from sif_jax.models.qwen2_5_vl.model import Batch, Qwen2_5_VL
+from sif_jax.models.qwen2_5_vl.model import Batch
 from sif_jax.training.policy import completion_logprobs
 
 
 class Reference(NamedTuple):
     graphdef: nnx.GraphDef
-    states: tuple[nnx.State, ...]
+    states: tuple[AnyState, ...]
 
 
-def reference_of(graphdef: nnx.GraphDef, trainable: nnx.State, frozen: nnx.State) -> Reference:
+def reference_of(graphdef: nnx.GraphDef, trainable: nnx.State, frozen: AnyState) -> Reference:
     """The policy as it is now, or its base where `trainable` are adapters."""
-    model: Qwen2_5_VL = nnx.merge(graphdef, trainable, frozen, copy=True)
+    model = nnx.eval_shape(lambda *states: merge_model(graphdef, *states, copy=True), trainable, frozen)
     layers = linear_layers(model).values()
     if all(layer.lora_a is None for layer in layers):
         return Reference(graphdef, (jax.tree.map(jnp.copy, trainable), frozen))
@@ -38,7 +39,7 @@ def reference_of(graphdef: nnx.GraphDef, trainable: nnx.State, frozen: nnx.State
 @partial(jax.jit, static_argnames=("graphdef", "temperature"))
 def reference_logprobs(
     graphdef: nnx.GraphDef,
-    states: tuple[nnx.State, ...],
+    states: tuple[AnyState, ...],
     batch: Batch,
     features: Shaped[Array, "P I D"] | None,
     ids: Int[Array, "P M T"],
@@ -46,5 +47,5 @@ def reference_logprobs(
     *,
     temperature: float,
 ) -> Float[Array, "P M T"]:
-    model = nnx.merge(graphdef, *states)
+    model = merge_model(graphdef, *states)
     return completion_logprobs(model, batch, features, ids, token_mask, temperature=temperature)[0]

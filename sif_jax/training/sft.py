@@ -5,7 +5,6 @@ The loop: batch → summed gradients of its micro-batches → one optimizer step
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -21,13 +20,13 @@ from jaxtyping import Array
 from sif_jax.config import SftConfig, flat_config
 from sif_jax.data.feed import open_feed
 from sif_jax.errors import PreemptedError
+from sif_jax.models.qwen2_5_vl.layer_arrays import AnyState, merge_model
 from sif_jax.models.qwen2_5_vl.model import Batch
 from sif_jax.parallel.distributed import data_shard, is_first
 from sif_jax.parallel.mesh import make_mesh
 from sif_jax.parallel.placement import check_rows, shard_rows
 from sif_jax.progress import Progress
 from sif_jax.training.checkpoint import Checkpoints
-from sif_jax.training.layer_arrays import LayerArrays, put_together, stacked, take_apart
 from sif_jax.training.metrics import open_log, padding
 from sif_jax.training.nonfinite import FiniteCheck
 from sif_jax.training.optimizer import learning_rate, make_optimizer
@@ -79,7 +78,6 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
     optimizer = make_optimizer(config.optimizer, steps)
     dropout = config.lora is not None and config.lora.dropout > 0
     where = state_shardings(policy.trainable, optimizer, mesh)
-    frozen = policy.frozen if config.model.scan_layers else take_apart(policy.frozen)
     gradients = make_gradients(policy.graphdef, dropout=dropout, packed=config.packing, shardings=where)
     add_gradients, apply = from_zeros(gradients, config.accumulation), make_apply(optimizer, where)
     state = initial_state(policy.trainable, optimizer, where)
@@ -113,7 +111,9 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
             for micro in range(step * config.accumulation, (step + 1) * config.accumulation):
                 batches.append(next(feed.loader))
                 batch = shard_rows(batches[-1].arrays, mesh, shard)
-                gathered = add_gradients(gathered, state.trainable, frozen, batch, jax.random.fold_in(key, micro))
+                gathered = add_gradients(
+                    gathered, state.trainable, policy.frozen, batch, jax.random.fold_in(key, micro)
+                )
             gradients, sums = gathered
             state, norm = apply(state, gradients, sums.tokens)
             metrics = _metrics(jax.block_until_ready(sums), norm, time.monotonic() - began)
@@ -130,7 +130,7 @@ def _train(config: SftConfig, directory: Path, mesh: Mesh) -> Path:
         checkpoints.finish()
         preemption.check(steps)
         feed.report_skipped()
-        export_policy(dataclasses.replace(policy, frozen=put_together(frozen)), state.trainable, directory)
+        export_policy(policy, state.trainable, directory)
     return directory
 
 
@@ -139,13 +139,9 @@ def make_gradients(
 ) -> Callable[..., Any]:
     """(earlier or None, trainable, frozen, batch, key) → (summed gradients, TokenSums)."""
 
-    def gradients(
-        trainable: nnx.State, frozen: nnx.State | LayerArrays, batch: Batch, key: Array
-    ) -> tuple[nnx.State, TokenSums]:
-        weights = stacked(frozen)
-
+    def gradients(trainable: nnx.State, frozen: AnyState, batch: Batch, key: Array) -> tuple[nnx.State, TokenSums]:
         def loss(trainable: nnx.State) -> tuple[Array, TokenSums]:
-            model = nnx.merge(graphdef, trainable, weights, copy=True)
+            model = merge_model(graphdef, trainable, frozen, copy=True)
             return next_token_loss(model, batch, key if dropout else None, packed=packed)
 
         (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)

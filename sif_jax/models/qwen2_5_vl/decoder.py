@@ -155,7 +155,7 @@ class Decoder(nnx.Module):
             q, k, v = block.qkv(hidden, rope)
             return block.finish(hidden, self.causal_attention(q, k, v, segments)), (k, v)
 
-        hidden, (k, v) = scan_layers(body, hidden, layers)
+        hidden, (k, v) = scan_layers(body, hidden, layers, scan=self.scan_layers)
         return self.norm(hidden), k, v
 
     def group_forward(
@@ -200,7 +200,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Shaped[Array, "R D"], Cache]:
         """Write one token of every row into the cache and return its final hidden state.
 
-        With `layers`, the weights of each layer as an array of its own (`separate_layers`), prefix and cache are tuples, and
+        With `layers`, the weights of each layer as arrays of their own (`layer_arrays`), prefix and cache are tuples, and
         the layers are written out; without, all of them are stacked, and the layers are a loop.
         """
         rope = self.rope(jnp.broadcast_to(positions[:, None, None], (len(positions), 1, 3)))
@@ -230,11 +230,6 @@ class Decoder(nnx.Module):
                 caches.append(written)
             cache = Cache(tuple(each.k for each in caches), tuple(each.v for each in caches))
         return self.norm(hidden)[:, 0], cache
-
-    def separate_layers(self) -> tuple[nnx.State, ...]:
-        """The weights of each layer as arrays of their own: on CPU and GPU, XLA copies a layer out of its stack at every use."""
-        _, stacked = nnx.split(self.layers)
-        return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(self.config.num_hidden_layers))
 
 
 def _write(cache: Cache, k: Array, v: Array, column: Array, number: Array | None) -> tuple[Cache, Array, Array]:
