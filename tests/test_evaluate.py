@@ -6,8 +6,10 @@ import pytest
 
 from sif_jax.config import EvalConfig
 from sif_jax.data.photographs.build import build_photographs
+from sif_jax.evals import evaluate as evaluation
 from sif_jax.evals.evaluate import evaluate
 from sif_jax.evals.statistics import METRICS, Summary
+from sif_jax.models.qwen2_5_vl.layer_arrays import take_apart
 from sif_jax.report.samples import read_samples
 from tests.tiny_run import records_of, tiny_config, tiny_files, write_rows
 
@@ -45,6 +47,13 @@ def test_the_same_evaluation_twice_and_in_other_batches_gives_the_same_answers(t
     in_fives = run(tmp_path, "batch_size=5")
     assert [row["completion"] for row in lines(in_fives)] == [row["completion"] for row in lines(evaluated)]
     assert [row["scores"] for row in lines(in_fives)] == [row["scores"] for row in lines(evaluated)]
+
+
+def test_layers_that_are_arrays_of_their_own_give_the_same_answers(evaluated, monkeypatch):
+    taken = []
+    monkeypatch.setattr(evaluation, "take_apart", lambda state: taken.append(state) or take_apart(state))
+    assert lines(run(evaluated.parent, "run.name=apart", "model.scan_layers=false")) == lines(evaluated)
+    assert len(taken) == 1
 
 
 def test_a_bare_answer_is_judged_as_a_whole(tmp_path, monkeypatch):

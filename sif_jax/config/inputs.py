@@ -28,7 +28,8 @@ class ModelConfig(Config):
     )
     scan_layers: bool = Field(
         default=True,
-        description="compile one decoder layer and loop over it; false: write all out, each its own arrays, faster on a GPU, longer to compile",
+        description="compile one decoder layer and loop over it; false: write all out, each with arrays of its own: "
+        "faster on a GPU, no second copy in a rollout, longer to compile",
     )
     attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
         default="auto", description="kernel of self-attention; auto: splash on TPU, cudnn on GPU where it proves right"

@@ -25,6 +25,7 @@ from sif_jax.judge.rule import rule_score
 from sif_jax.models.qwen2_5_vl.axes import place_parameters
 from sif_jax.models.qwen2_5_vl.chat import ChatProcessor
 from sif_jax.models.qwen2_5_vl.checkpoint import open_model, open_processor
+from sif_jax.models.qwen2_5_vl.layer_arrays import AnyState, take_apart
 from sif_jax.parallel.distributed import (
     by_first,
     check_processes_agree,
@@ -96,12 +97,13 @@ def _answers(processor: ChatProcessor, config: EvalConfig, mesh: Mesh) -> tuple[
         temperature=config.temperature,
     )
     graphdef, state = nnx.split(model)
+    states = (state if config.model.scan_layers else take_apart(state),)
     each = config.batch_size // lanes
     slots = make_slots(sampling, lanes=lanes, prompts=2 * each, samples=1, rows=each, prefill=_prefill(each))
     progress = Progress(f"eval {config.run.name}", len(feed.records), shown=is_first())
     answers = {}
-    prompts = _prompts(graphdef, (state,), feed, config, mesh)
-    for task in stream(graphdef, (state,), prompts, sampling=sampling, slots=slots):
+    prompts = _prompts(graphdef, states, feed, config, mesh)
+    for task in stream(graphdef, states, prompts, sampling=sampling, slots=slots):
         answers[task.prompt] = task
         progress.advance()
     progress.close()
@@ -114,7 +116,7 @@ def _prefill(rows: int) -> int:
 
 
 def _prompts(
-    graphdef: nnx.GraphDef, states: tuple[nnx.State, ...], feed: Feed, config: EvalConfig, mesh: Mesh
+    graphdef: nnx.GraphDef, states: tuple[AnyState, ...], feed: Feed, config: EvalConfig, mesh: Mesh
 ) -> Iterator[Prompts]:
     shard, lanes = data_shard(mesh), num_shards(mesh, "batch")
     for loaded in feed.loader:
