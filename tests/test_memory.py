@@ -11,6 +11,7 @@ import pytest
 from sif_jax.bench.workload import abstract_policy, random_batch
 from sif_jax.config import GrpoConfig
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from sif_jax.models.qwen2_5_vl.layer_arrays import separate_layers
 from sif_jax.ops.attention import attention
 from sif_jax.rollout import programs
 from sif_jax.rollout.engine import encode_images, make_slots
@@ -108,7 +109,7 @@ def compiled_decode(*, separate: bool):
     shapes = {"config": architecture().text, "dtype": jnp.float32, "separate": separate}
     pool = jax.eval_shape(partial(programs.empty_pool, slots=ROWS, length=TOKENS, **shapes))
     cache = jax.eval_shape(partial(programs.empty_cache, rows=ROWS * GROUP, length=RING, **shapes))
-    layers = jax.eval_shape(lambda *s: programs.separate_layers(graphdef, s), *states) if separate else None
+    layers = jax.eval_shape(separate_layers, states) if separate else None
     sampling = Sampling(max_new_tokens=COMPLETION, stop_ids=(1,), forbidden_ids=(2, 3), top_k=20, top_p=0.9)
     slots = make_slots(sampling, prompts=ROWS, samples=GROUP)
     rows = empty_rows(slots, slots.rows)
