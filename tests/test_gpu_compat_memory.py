@@ -78,6 +78,14 @@ def test_keys_and_values_of_7b_take_56_kib_per_token():
     assert rollout["KV of samples"] == 1.5 * 2 * 2048 * 56 * 1024
 
 
+def test_a_rollout_holds_a_second_copy_of_the_decoder_unless_its_layers_are_apart_from_the_start():
+    def copied(*words: str) -> float:
+        return plan(setting(path=GRPO, words=list(words))).phases[0].parts["layers apart"]
+
+    assert 12e9 < copied() < 2 * PUBLISHED["7B"]
+    assert copied("model.scan_layers=false") == copied("separate_layers=false") == 0
+
+
 def bench_model() -> Qwen2_5_VLConfig:
     return Qwen2_5_VLConfig.from_directory(ROOT / "configs" / "bench" / "100M")
 

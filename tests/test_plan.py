@@ -389,6 +389,20 @@ def test_every_program_of_grpo_compiles_for_four_tpus(tiny_model):
 
 @NEEDS_LIBTPU
 @pytest.mark.slow
+def test_layers_that_are_apart_from_the_start_are_not_copied_for_the_rollout(tiny_model):
+    words = (GRPO, *SMALL, "max_new_tokens=64", "lora.rank=2", "model.scan_layers=false")
+    result = run_plan(*words, "--topology", "v5e:2x2", "--model", tiny_model, "--json")
+    assert result.returncode == 0, result.stderr
+    programs = {program["name"]: program for program in json.loads(result.stdout)["programs"]}
+    assert list(programs) == ["images", "layers apart", "prompts", "decoding", "reference", "gradients", "optimizer"]
+    before, after = (programs[name]["beside_bytes"] for name in ("layers apart", "prompts"))
+    copied = programs["layers apart"]["argument_bytes"]
+    assert 0 < copied < 0.05 * programs["decoding"]["argument_bytes"], "adapters alone"
+    assert after - before < 2 * copied
+
+
+@NEEDS_LIBTPU
+@pytest.mark.slow
 def test_a_program_that_does_not_fit_a_tpu_is_told_and_what_would(tiny_model):
     words = (SFT, "data.buckets.tokens=[65536]", "data.buckets.patches=[64]", "model.max_pixels=6272", "batch_size=256")
     result = run_plan(*words, "accumulation=1", "model.remat=none", "--topology", "v5e:2x2", "--model", tiny_model)
