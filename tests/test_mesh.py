@@ -61,7 +61,7 @@ def updates(stage: str, kind: str, *shapes: str) -> list[dict]:
     ("stage", "kind", "shapes"),
     [
         ("sft", "apart", ["data=2,fsdp=2,tensor=2"]),
-        ("grpo", "apart", ["data=2,fsdp=2,tensor=2"]),
+        pytest.param("grpo", "apart", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
         pytest.param("sft", "full", SHAPES, marks=pytest.mark.slow),
         pytest.param("sft", "lora", SHAPES, marks=pytest.mark.slow),
         pytest.param("grpo", "full", SHAPES, marks=pytest.mark.slow),
