@@ -204,6 +204,23 @@ def test_dropout_needs_a_key_and_differs_between_keys(batch):
     assert (logits_of(model, batch, first) != logits_of(still, batch)).any()
 
 
+def test_dropout_drops_other_inputs_of_a_completion_than_of_its_prompt():
+    tokens, hidden = 6, jax.random.normal(jax.random.key(3), (1, 6, 48))
+    positions = jnp.broadcast_to(jnp.arange(tokens)[None, :, None], (1, tokens, 3))
+    nowhere = jnp.zeros((1, tokens), jnp.int32)  # a prompt that no completion sees: what is left of both is the same
+
+    def apart(key):
+        model = open_adapted(dropout=0.5)
+        fill(model)
+        prompt, completion = model.decoder.group_forward(
+            hidden, positions, nowhere, hidden[:, None], positions[:, None], key=key
+        )
+        return float(jnp.abs(prompt - completion[:, 0]).max())
+
+    assert apart(None) < 1e-5
+    assert apart(jax.random.key(0)) > 1e-3
+
+
 def test_a_bfloat16_base_keeps_float32_adapters():
     model = open_adapted(dtype="bfloat16")
     _, trainable, frozen = split_trainable(model, lora=True, freeze_vision=False)

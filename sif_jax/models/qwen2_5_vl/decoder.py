@@ -179,6 +179,7 @@ class Decoder(nnx.Module):
             q, prefix_k, prefix_v = block.qkv(prompt, prompt_rope, key)
             context = self.causal_attention(q, prefix_k, prefix_v, prompt_segments)
             prompt = block.finish(prompt, context, key)
+            key = None if key is None else jax.random.fold_in(key, 1)  # for other inputs, other noise
             q, k, v = block.qkv(completion, rope, key)
             context = group_attention(q, prefix_k, prefix_v, prompt_segments > 0, k, v, backend=self.attention)
             return (prompt, block.finish(completion, context, key)), None
