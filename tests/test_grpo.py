@@ -79,6 +79,7 @@ def visits(monkeypatch):
 EPOCHS = ["data.limit=4", "max_steps=3", "run.save_every=2"]  # every step visits all four prompts
 
 
+@pytest.mark.slow
 def test_layers_that_are_arrays_of_their_own_train_the_same_policy(tmp_path, monkeypatch):
     short, taken = ["lora={rank: 2, dropout: 0.1}", "data.limit=4", "max_steps=2", "model.remat=dots"], []
     monkeypatch.setattr(policy_files, "take_apart", lambda frozen: taken.append(frozen) or take_apart(frozen))
@@ -188,6 +189,7 @@ def test_few_rows_at_a_time_sample_what_all_rows_at_once_do(tmp_path):
     assert usage.tokens == int(whole.lengths.sum())
 
 
+@pytest.mark.slow
 def test_the_size_of_a_micro_batch_changes_nothing(tmp_path):
     update = ["max_steps=1", "optimizer.eps=1.0", "optimizer.learning_rate=1.0"]
     whole = train(tmp_path / "whole", "micro_batch=4", *update)

@@ -60,7 +60,7 @@ def updates(stage: str, kind: str, *shapes: str) -> list[dict]:
 @pytest.mark.parametrize(
     ("stage", "kind", "shapes"),
     [
-        ("sft", "apart", ["data=2,fsdp=2,tensor=2"]),
+        pytest.param("sft", "apart", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
         pytest.param("grpo", "apart", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
         pytest.param("sft", "full", SHAPES, marks=pytest.mark.slow),
         pytest.param("sft", "lora", SHAPES, marks=pytest.mark.slow),

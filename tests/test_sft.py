@@ -72,6 +72,7 @@ def test_lora_trains_the_adapters_alone(tmp_path, freeze_vision):
     assert {name.split(".")[-2] for name in changed if name.startswith("model.")} == with_adapters
 
 
+@pytest.mark.slow
 def test_layers_that_are_arrays_of_their_own_train_the_same_model(tmp_path, monkeypatch):
     short, taken = ["lora={rank: 2, dropout: 0.1}", "max_steps=2", "model.remat=dots"], []
     monkeypatch.setattr(policy_files, "take_apart", lambda frozen: taken.append(frozen) or take_apart(frozen))
