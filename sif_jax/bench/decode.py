@@ -26,7 +26,7 @@ from sif_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from sif_jax.models.qwen2_5_vl.weights import load_model, save_model
 from sif_jax.ops.attention_choice import choose_backend
 from sif_jax.rollout import programs
-from sif_jax.rollout.engine import encode_images, generate, make_slots, separates_layers
+from sif_jax.rollout.engine import encode_images, generate, make_slots, prefers_separate_layers
 from sif_jax.rollout.sampling import Sampling, sample_keys
 from sif_jax.rollout.schedule import Usage, empty_rows
 
@@ -141,7 +141,7 @@ def _step_figures(
         sampling, prompts=config.prompts, samples=config.samples, rows=config.decode_rows, prefill=config.prefill or 1
     )
     model: Qwen2_5_VL = nnx.eval_shape(lambda: nnx.merge(graphdef, *states))
-    separate = separates_layers()
+    separate = prefers_separate_layers()
     layers = separate_layers(states) if separate else None
     shapes = {"dtype": model.compute_dtype, "separate": separate}
     pool = programs.empty_pool(model.config.text, slots.prompts, config.tokens, **shapes)

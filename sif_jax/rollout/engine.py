@@ -135,7 +135,7 @@ def stream(
     """
     if sampling.stop and decode_text is None:
         raise InputError("stop strings need the text", value=sampling.stop, fix="give decode_text")
-    separate = are_apart(states) or (separates_layers() if separate is None else separate)
+    separate = are_apart(states) or (prefers_separate_layers() if separate is None else separate)
     layers = separate_layers(states) if separate else None
     model: Qwen2_5_VL = nnx.eval_shape(lambda states: merge_model(graphdef, *states), states)
     text, dtype = model.config.text, model.compute_dtype
@@ -174,7 +174,7 @@ def stream(
         yield from schedule.take(emitted)
 
 
-def separates_layers() -> bool:
+def prefers_separate_layers() -> bool:
     """What is faster on this platform: of the programs compiled for CPU and H100, those that loop over a stack copy it whole
     at every step; TPUs read a layer where it lies."""
     return jax.default_backend() != "tpu"

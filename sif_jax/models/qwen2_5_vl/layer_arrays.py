@@ -27,7 +27,7 @@ class LayerArrays(NamedTuple):
     layers: tuple[nnx.State, ...]
 
 
-AnyState = nnx.State | LayerArrays
+AnyState = nnx.State | LayerArrays  # of a model, or a part of it: its layers stacked, or apart
 
 
 def take_apart(frozen: nnx.State) -> LayerArrays:
@@ -47,6 +47,7 @@ def merge_model(graphdef: nnx.GraphDef, *states: AnyState, copy: bool = False) -
 
 
 def are_apart(states: tuple[AnyState, ...]) -> bool:
+    """Whether one of them holds the decoder's layers as arrays of their own."""
     return any(isinstance(state, LayerArrays) and state.layers for state in states)
 
 
