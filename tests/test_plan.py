@@ -362,12 +362,16 @@ def tiny_model(tmp_path_factory):
 SMALL = ("data.buckets.tokens=[128]", "data.buckets.patches=[64]", "model.max_pixels=6272")
 
 
+def plan_for_four_tpus(*words: str, model: str) -> dict:
+    result = run_plan(*words, "--topology", "v5e:2x2", "--model", model, "--json")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
 @NEEDS_LIBTPU
 def test_every_program_of_sft_compiles_for_four_tpus(tiny_model):
     words = (SFT, *SMALL, "batch_size=4", "accumulation=2", "mesh.fsdp=2", "mesh.tensor=2")
-    result = run_plan(*words, "--topology", "v5e:2x2", "--model", tiny_model, "--json")
-    assert result.returncode == 0, result.stderr
-    figures = json.loads(result.stdout)
+    figures = plan_for_four_tpus(*words, model=tiny_model)
     gradients, optimizer = figures["programs"]
     assert (gradients["name"], gradients["runs"], optimizer["name"]) == ("gradients", 2, "optimizer")
     assert gradients["collectives"]["all-gather"]["bytes"] > 0  # weights, which fsdp splits
@@ -380,10 +384,7 @@ def test_every_program_of_sft_compiles_for_four_tpus(tiny_model):
 @pytest.mark.slow
 def test_every_program_of_grpo_compiles_for_four_tpus(tiny_model):
     words = (GRPO, *SMALL, "max_new_tokens=128", "mesh.data=2", "mesh.tensor=2")
-    result = run_plan(*words, "--topology", "v5e:2x2", "--model", tiny_model, "--json")
-    assert result.returncode == 0, result.stderr
-    figures = json.loads(result.stdout)
-    names = [program["name"] for program in figures["programs"]]
+    names = [program["name"] for program in plan_for_four_tpus(*words, model=tiny_model)["programs"]]
     assert names == ["images", "prompts", "decoding", "longer ring", "reference", "gradients", "optimizer"]
 
 
@@ -391,9 +392,7 @@ def test_every_program_of_grpo_compiles_for_four_tpus(tiny_model):
 @pytest.mark.slow
 def test_layers_that_are_apart_from_the_start_are_not_copied_for_the_rollout(tiny_model):
     words = (GRPO, *SMALL, "max_new_tokens=64", "lora.rank=2", "model.scan_layers=false")
-    result = run_plan(*words, "--topology", "v5e:2x2", "--model", tiny_model, "--json")
-    assert result.returncode == 0, result.stderr
-    programs = {program["name"]: program for program in json.loads(result.stdout)["programs"]}
+    programs = {program["name"]: program for program in plan_for_four_tpus(*words, model=tiny_model)["programs"]}
     assert list(programs) == ["images", "layers apart", "prompts", "decoding", "reference", "gradients", "optimizer"]
     before, after = (programs[name]["beside_bytes"] for name in ("layers apart", "prompts"))
     copied = programs["layers apart"]["argument_bytes"]
