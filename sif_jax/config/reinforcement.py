@@ -197,6 +197,10 @@ class GrpoConfig(TruncationConfig, TrainConfig):
         description="decode from a second copy of the decoder's weights, which XLA need not copy at every step; "
         "null: on CPU and GPU",
     )
+    remove_padding: bool = Field(
+        default=True,
+        description="the learner's linear layers leave the completions' padding out; lanes of up to eight sizes are compiled",
+    )
     epochs: PositiveInt = Field(default=20, description="visits to every prompt")
     max_steps: PositiveInt | None = Field(default=None, description="rollouts, whatever epochs says; null: from epochs")
     updates_per_rollout: PositiveInt = Field(default=1, description="optimizer steps on one rollout")

@@ -59,16 +59,22 @@ def constrain(x: Shaped[Array, "..."], *axes: str | None) -> Shaped[Array, "..."
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(_held(mesh, *each) for each in zip(axes, x.shape))))
 
 
-def on_own_rows(function: Callable[..., Array], *arrays: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+def on_own_rows(
+    function: Callable[..., Array], *arrays: Shaped[Array, "B ..."], axes: Axes = ()
+) -> Shaped[Array, "B ..."]:
     """Inside jit under `jax.set_mesh`: a function of rows, run by each device on its own.
+
+    `axes` name the first array's axes from the third on, and the result's: each device has its part of them.
 
     Left to itself, XLA (jax 0.10.2, CPU) gathers wrong elements where rows are split over two mesh axes beside a third.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return function(*arrays)
-    rows = PartitionSpec(_entry(_dividing(mesh, "batch", len(arrays[0]))))
-    return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
+    first = arrays[0]
+    whole = partition(mesh, ("batch", None, *axes), first.shape[: 2 + len(axes)])
+    specs = whole, *(PartitionSpec(whole[0]) for _ in arrays[1:])
+    return jax.shard_map(function, in_specs=specs, out_specs=whole, check_vma=False)(*arrays)
 
 
 def _held(mesh: AbstractMesh, name: str | None, size: int):

@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sif_jax.config import GrpoConfig
 from sif_jax.models.qwen2_5_vl.model import Batch
-from sif_jax.parallel.partition import constrain, num_shards
-from sif_jax.parallel.placement import put_groups
+from sif_jax.ops.packing import Packing, lanes, pack
+from sif_jax.parallel.partition import constrain, num_shards, sharding
+from sif_jax.parallel.placement import put, put_groups, split_by_prompts
 from sif_jax.rollout.engine import Rollout
 
 
@@ -53,6 +55,20 @@ def to_learn(batch: Batch, features: Array, rollout: Rollout, config: GrpoConfig
         rollout.logprobs[..., :length],
         jnp.arange(length)[None, None] < rollout.lengths[..., None],
     )
+
+
+def packings(lengths: Int[np.ndarray, "P M"], length: int, config: GrpoConfig, mesh: Mesh) -> list[Packing | None]:
+    """Of each micro-batch of `split_rows`, with completions padded to `length`: where their tokens stand without padding."""
+    count, lanes_of = len(lengths) // config.micro_batch, num_shards(mesh, "batch")
+    if not config.remove_padding:
+        return [None] * count
+    by_prompts = split_by_prompts(config.micro_batch, config.num_samples, mesh)
+    parts = lengths.reshape(lanes_of if by_prompts else 1, count, -1, config.num_samples).swapaxes(0, 1)
+    masks = np.arange(length) < parts.reshape(count, config.micro_batch, -1, 1)
+    return [
+        packed and Packing(*(put(x, sharding(mesh, ("batch", None), x.shape)) for x in packed))
+        for packed in (pack(lanes(mask, lanes_of)) for mask in masks)
+    ]
 
 
 def split_rows(tree: Any, rows: int) -> list[Any]:

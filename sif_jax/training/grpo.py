@@ -26,6 +26,7 @@ from sif_jax.errors import PreemptedError
 from sif_jax.judge import Judge, JudgeStoppedError, open_judge
 from sif_jax.models.qwen2_5_vl.layer_arrays import AnyState, merge_model
 from sif_jax.models.qwen2_5_vl.model import Batch
+from sif_jax.ops.packing import Packing
 from sif_jax.parallel.distributed import data_shard, gather_rows, is_first
 from sif_jax.parallel.mesh import make_mesh
 from sif_jax.parallel.placement import WHOLE, put_groups, shard_groups, split_by_prompts
@@ -37,7 +38,7 @@ from sif_jax.training.accounts import share_of_account, share_of_caps, whole_acc
 from sif_jax.training.checkpoint import Checkpoints
 from sif_jax.training.drift import SamplerDrift, sampler_drift
 from sif_jax.training.feedback import Feedback, reward_rollout, submit_rollout
-from sif_jax.training.groups import Completions, Groups, join_rows, split_rows, to_learn
+from sif_jax.training.groups import Completions, Groups, join_rows, packings, split_rows, to_learn
 from sif_jax.training.metrics import open_log, padding
 from sif_jax.training.nonfinite import FiniteCheck
 from sif_jax.training.objective import PolicyLoss, policy_loss
@@ -143,14 +144,15 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
 
                 submitted = submit_rollout(judge, rollout, feed, ids, policy.processor)
                 completions = to_learn(batch, features, rollout, config).on_mesh(mesh, by_prompts=by_prompts)
-                reference_logps = refer(reference, completions, config)
+                packed = packings(np.asarray(rollout.lengths), completions.ids.shape[-1], config, mesh)
+                reference_logps = refer(reference, completions, packed, config)
                 feedback = reward_rollout(submitted, feed, previous_means[ids], config, meanwhile=check)
                 times.append(time.monotonic())
 
                 valid = feedback.scores.valid.reshape(rollout.lengths.shape)
                 earned = (put_groups(x, mesh, by_prompts=by_prompts) for x in (feedback.advantages, valid))
                 groups = Groups(completions, reference_logps, *earned)
-                gathered = sum_gradients(add_gradients, state, frozen, groups, config, between=check)
+                gathered = sum_gradients(add_gradients, state, frozen, groups, packed, config, between=check)
             except (JudgeStoppedError, PreemptedError):
                 save(step, loader_before, best.value)
                 checkpoints.finish()
@@ -158,7 +160,7 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
             updates, norm = [], jnp.zeros(())
             while len(updates) < config.updates_per_rollout and jnp.isfinite(norm):
                 if updates:
-                    gathered = sum_gradients(add_gradients, state, frozen, groups, config)
+                    gathered = sum_gradients(add_gradients, state, frozen, groups, packed, config)
                 gradients, sums = gathered
                 state, norm = apply(state, gradients, sums.policy.count)
                 updates.append(sums)
@@ -234,15 +236,17 @@ def sample(
     return rollout, features, usage
 
 
-def refer(reference: Reference | None, completions: Completions, config: GrpoConfig) -> Float[Array, "P M T"] | None:
+def refer(
+    reference: Reference | None, completions: Completions, packed: Sequence[Packing | None], config: GrpoConfig
+) -> Float[Array, "P M T"] | None:
     """What the reference policy says about the completions; returns before the device is done."""
     if reference is None:
         return None
     parts = [
         reference_logprobs(
-            *reference, rows.batch, rows.features, rows.ids, rows.token_mask, temperature=config.temperature
+            *reference, rows.batch, rows.features, rows.ids, rows.token_mask, packing, temperature=config.temperature
         )
-        for rows in split_rows(completions, config.micro_batch)
+        for rows, packing in zip(split_rows(completions, config.micro_batch), packed, strict=True)
     ]
     return join_rows(parts)
 
@@ -252,6 +256,7 @@ def sum_gradients(
     state: TrainState,
     frozen: AnyState,
     groups: Groups,
+    packed: Sequence[Packing | None],
     config: GrpoConfig,
     *,
     between: Callable[[], None] | None = None,
@@ -259,21 +264,23 @@ def sum_gradients(
     """Over the micro-batches of a rollout; `between` is called before each."""
     gathered: Any = None
     key = jax.random.fold_in(jax.random.key(config.run.seed), state.step)
-    for part, rows in enumerate(split_rows(groups, config.micro_batch)):
+    for part, (rows, packing) in enumerate(zip(split_rows(groups, config.micro_batch), packed, strict=True)):
         if between is not None:
             between()
-        gathered = add_gradients(gathered, state.trainable, frozen, rows, jax.random.fold_in(key, part))
+        gathered = add_gradients(gathered, state.trainable, frozen, rows, jax.random.fold_in(key, part), packing)
     return gathered
 
 
 def make_gradients(
     graphdef: nnx.GraphDef, config: GrpoConfig, shardings: StateShardings | None = None
 ) -> Callable[..., Any]:
-    """(earlier or None, trainable, frozen, groups, key) → (summed gradients, Sums)."""
+    """(earlier or None, trainable, frozen, groups, key, packing or None) → (summed gradients, Sums)."""
     on_policy = config.updates_per_rollout == 1
     dropout = config.lora is not None and config.lora.dropout > 0
 
-    def gradients(trainable: nnx.State, frozen: AnyState, groups: Groups, key: Array) -> tuple[nnx.State, Sums]:
+    def gradients(
+        trainable: nnx.State, frozen: AnyState, groups: Groups, key: Array, packing: Packing | None = None
+    ) -> tuple[nnx.State, Sums]:
         sampled = groups.completions
 
         def loss(trainable: nnx.State) -> tuple[Array, Sums]:
@@ -284,6 +291,7 @@ def make_gradients(
                 sampled.ids,
                 sampled.token_mask,
                 temperature=config.temperature,
+                packing=packing,
                 key=key if dropout else None,
             )
             constant = jax.lax.stop_gradient(logprobs)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sif_jax.models.qwen2_5_vl.model import Batch, Qwen2_5_VL
 from sif_jax.ops.loss import chunked_logprobs
+from sif_jax.ops.packing import Packing
 from sif_jax.ops.windows import take_rows
 from sif_jax.rollout.engine import next_positions
 
@@ -41,12 +42,13 @@ def completion_logprobs(
     token_mask: Bool[Array, "P M T"] | None = None,
     *,
     temperature: float,
+    packing: Packing | None = None,
     key: Array | None = None,
 ) -> tuple[Float[Array, "P M T"], Float[Array, "P M T"]]:
     """Log-probabilities of the completions of each prompt, and the entropy at each of their tokens, in nats.
 
     The prompt runs once per group; `features` are the prompt's image features when the vision tower is frozen. What is said of
-    tokens outside `token_mask` means nothing; without one, all count.
+    tokens outside `token_mask` means nothing; without one, all count. `packing` holds the tokens of the mask.
     """
     prompts, samples, length = ids.shape
     real = batch["segments"] > 0
@@ -58,6 +60,7 @@ def completion_logprobs(
         batch["segments"],
         model.embed(ids),
         positions,
+        packing=packing,
         remat=model.remat,
         key=key,
     )

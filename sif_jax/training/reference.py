@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from sif_jax.models.qwen2_5_vl.layer_arrays import AnyState, merge_model
 from sif_jax.models.qwen2_5_vl.lora import linear_layers
 from sif_jax.models.qwen2_5_vl.model import Batch
+from sif_jax.ops.packing import Packing
 from sif_jax.training.policy import completion_logprobs
 
 
@@ -44,8 +45,9 @@ def reference_logprobs(
     features: Shaped[Array, "P I D"] | None,
     ids: Int[Array, "P M T"],
     token_mask: Bool[Array, "P M T"] | None = None,
+    packing: Packing | None = None,
     *,
     temperature: float,
 ) -> Float[Array, "P M T"]:
     model = merge_model(graphdef, *states)
-    return completion_logprobs(model, batch, features, ids, token_mask, temperature=temperature)[0]
+    return completion_logprobs(model, batch, features, ids, token_mask, packing=packing, temperature=temperature)[0]

@@ -32,6 +32,7 @@ FREE_KEYS = {
     "model.attention",
     "model.scan_layers",
     "separate_layers",
+    "remove_padding",
     "judge.concurrency",
     "judge.timeout_s",
     "judge.retries",

@@ -10,6 +10,7 @@ All four share `DecoderLayer.qkv` and `DecoderLayer.finish` and differ only in w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,10 +21,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int, Shaped
 
 from sif_jax.models.qwen2_5_vl.config import TextConfig
-from sif_jax.models.qwen2_5_vl.layers import Key, Linear, RMSNorm, SwiGLU, layer_keys, stack
+from sif_jax.models.qwen2_5_vl.layers import Key, Linear, RMSNorm, SwiGLU, fold_in, layer_keys, stack
 from sif_jax.ops.attention import head_major, row_attention
 from sif_jax.ops.attention_backends import Backend, self_attention
 from sif_jax.ops.group_attention import group_attention
+from sif_jax.ops.packing import Packing
 from sif_jax.ops.rotary import Rope, mrope, rotate
 from sif_jax.ops.scan import Remat, scan_layers
 from sif_jax.parallel.partition import constrain
@@ -166,12 +168,30 @@ class Decoder(nnx.Module):
         completion: Shaped[Array, "P M T D"],
         completion_positions: Int[Array, "P M T 3"],
         *,
+        packing: Packing | None = None,
         remat: Remat = "none",
         key: Key = None,
     ) -> tuple[Shaped[Array, "P S D"], Shaped[Array, "P M T D"]]:
-        """Final hidden states of the prompts and of the completions that continue them."""
+        """Final hidden states of the prompts and of the completions that continue them.
+
+        With `packing` all but attention leaves the completions' padding out. Dropout draws by token, so packing does not
+        change it.
+        """
+        prompts, samples, length, _ = completion.shape
+        shape = prompts, samples, length
+        numbers = jnp.arange(math.prod(shape)).reshape(shape)
+        if packing is not None:
+            completion, completion_positions, numbers = map(packing.packed, (completion, completion_positions, numbers))
         prompt_rope, rope = self.rope(prompt_positions), self.rope(completion_positions)
         graphdef, layers = nnx.split(self.layers)
+
+        def padded(x: Array) -> Array:
+            return x if packing is None else packing.padded(x, shape, "attention", None)
+
+        def attend(q: Array, k: Array, v: Array, *prefix: Array) -> Array:
+            own = padded(q), *(head_major(padded(head_major(x))) for x in (k, v))
+            context = group_attention(own[0], *prefix, *own[1:], backend=self.attention)
+            return context if packing is None else packing.packed(context, "attention", None)
 
         def body(hidden, layer):
             (prompt, completion), (state, key) = hidden, layer
@@ -179,16 +199,16 @@ class Decoder(nnx.Module):
             q, prefix_k, prefix_v = block.qkv(prompt, prompt_rope, key)
             context = self.causal_attention(q, prefix_k, prefix_v, prompt_segments)
             prompt = block.finish(prompt, context, key)
-            key = None if key is None else jax.random.fold_in(key, 1)  # for other inputs, other noise
-            q, k, v = block.qkv(completion, rope, key)
-            context = group_attention(q, prefix_k, prefix_v, prompt_segments > 0, k, v, backend=self.attention)
+            key = None if key is None else fold_in(jax.random.fold_in(key, 1), numbers)  # for other inputs, other noise
+            context = attend(*block.qkv(completion, rope, key), prefix_k, prefix_v, prompt_segments > 0)
             return (prompt, block.finish(completion, context, key)), None
 
         keys = layer_keys(key, self.config.num_hidden_layers)
         (prompt, completion), _ = scan_layers(
             body, (prompt, completion), (layers, keys), remat=remat, scan=self.scan_layers
         )
-        return self.norm(prompt), self.norm(completion)
+        completion = self.norm(completion)
+        return self.norm(prompt), completion if packing is None else packing.padded(completion, shape)
 
     def decode_step(
         self,
