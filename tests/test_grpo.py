@@ -79,6 +79,19 @@ def visits(monkeypatch):
 EPOCHS = ["data.limit=4", "max_steps=3", "run.save_every=2"]  # every step visits all four prompts
 
 
+def test_a_run_without_the_completions_padding_learns_what_one_with_it_does(tmp_path):
+    short = ["lora={rank: 2, dropout: 0.1}", "data.limit=4", "max_steps=2", "stop=['e']"]
+    packed = train(tmp_path / "packed", *short)
+    padded = train(tmp_path / "padded", *short, "remove_padding=false")
+    rows, others = read_metrics(packed), read_metrics(padded)
+    for row, other in zip(rows, others, strict=True):
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert row["completion_length"] == other["completion_length"]
+        assert row["padding/completions"] < other["padding/completions"] - 0.1
+    for name, value in weights(packed).items():
+        np.testing.assert_allclose(value, weights(padded)[name], atol=1e-4, err_msg=name)
+
+
 @pytest.mark.slow
 def test_layers_that_are_arrays_of_their_own_train_the_same_policy(tmp_path, monkeypatch):
     short, taken = ["lora={rank: 2, dropout: 0.1}", "data.limit=4", "max_steps=2", "model.remat=dots"], []

@@ -31,8 +31,9 @@ class ModelConfig(Config):
         description="compile one decoder layer and loop over it; false: write all out, each with arrays of its own: "
         "faster on a GPU, no second copy in a rollout, longer to compile",
     )
-    attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
-        default="auto", description="kernel of self-attention; auto: splash on TPU, cudnn on GPU where it proves right"
+    attention: Literal["auto", "xla", "flash", "splash", "cudnn"] = Field(
+        default="auto",
+        description="kernel of self-attention; auto: splash on TPU and cudnn on GPU where they prove right, flash on CPU",
     )
 
     @model_validator(mode="after")

@@ -123,7 +123,7 @@ class TrainBenchConfig(EnginesBenchConfig):
         default=None, description="gradient checkpointing of transformers; null: where remat is not none"
     )
     scan_layers: bool = Field(default=True, description="ours; see model.scan_layers")
-    attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
+    attention: Literal["auto", "xla", "flash", "splash", "cudnn"] = Field(
         default="auto", description="ours; see model.attention"
     )
     stages: Annotated[tuple[Literal["sft", "grpo"], ...], Field(min_length=1)] = Field(

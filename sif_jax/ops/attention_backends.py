@@ -26,9 +26,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int, Shaped
 
 from sif_jax.ops.attention import attention, head_major, segment_mask
+from sif_jax.ops.flash_attention import flash_attention
 from sif_jax.parallel.partition import constrain, partition
 
-Backend = Literal["xla", "splash", "cudnn"]
+Backend = Literal["xla", "flash", "splash", "cudnn"]
 
 # The float32 logits of one row that XLA may hold at once; a longer row is computed some queries at a time. It counts one
 # row, not the batch, because rows are spread over devices.
@@ -110,6 +111,13 @@ def _visible(
     return same & past if causal else same
 
 
+def _flash(q: Array, k: Array, v: Array, segments: Array, causal: bool, packed: bool) -> Array:
+    def rows(q: Array, k: Array, v: Array, segments: Array) -> Array:
+        return flash_attention(q, k, v, segments, causal, packed)
+
+    return head_major(_on_each_device(rows, k.shape)(head_major(q) * q.shape[-1] ** -0.5, k, v, segments))
+
+
 def _splash(q: Array, k: Array, v: Array, segments: Array, causal: bool, packed: bool) -> Array:
     length, dim = q.shape[1], q.shape[3]
     block = splash_block(length)
@@ -157,7 +165,8 @@ def splash_kernel(
 
 
 def _on_each_device(rows: Callable[..., Array], keys: tuple[int, ...]) -> Callable[..., Array]:
-    """XLA cannot split a Pallas kernel. Under `jax.set_mesh` each device runs it on its rows and heads; `keys` is [B, K, T, H].
+    """XLA cannot split a Pallas kernel, nor a loop over rows and heads. Under `jax.set_mesh` each device runs it on its own;
+    `keys` is [B, K, T, H].
 
     Rows or heads that do not divide are computed on every device; whatever divides the key heads divides the queries'.
     """
@@ -189,6 +198,7 @@ def _cudnn(q: Array, k: Array, v: Array, segments: Array, causal: bool, packed: 
 
 BACKENDS: dict[Backend, Callable[[Array, Array, Array, Array, bool, bool], Array]] = {
     "xla": _xla,
+    "flash": _flash,
     "splash": _splash,
     "cudnn": _cudnn,
 }

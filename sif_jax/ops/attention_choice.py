@@ -16,7 +16,8 @@ from sif_jax.errors import InputError
 from sif_jax.ops.attention_backends import Backend, self_attention
 from sif_jax.ops.group_attention import group_attention
 
-NATIVE: dict[str, Backend] = {"tpu": "splash", "gpu": "cudnn"}  # xla runs everywhere
+NATIVE: dict[str, Backend] = {"tpu": "splash", "gpu": "cudnn", "cpu": "flash"}
+EVERYWHERE: frozenset[Backend] = frozenset({"xla", "flash"})
 # Relative; both sides in bfloat16, whose step is 2**-8. A segment that is ignored gives an error near 1.
 TOLERANCE = 0.03
 LENGTH = 256
@@ -43,7 +44,7 @@ def choose_backend(name: Literal["auto"] | Backend, dtype: str) -> Backend:
 
 def why_not(backend: Backend, dtype: str) -> str | None:
     """What is wrong with a backend here: packed rows and completions, forward and gradient, are held against XLA's."""
-    if backend == "xla":
+    if backend in EVERYWHERE:
         return None
     platform = jax.default_backend()
     if NATIVE.get(platform) != backend:

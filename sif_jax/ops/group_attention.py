@@ -1,7 +1,7 @@
 """Attention of the completions of a prompt to the prompt, held once, and to themselves, by any backend (pure).
 
-XLA keeps the two parts apart. A fused kernel is given each completion as a row of its own that continues its prompt: keys, which
-grouped queries make small, are repeated for it; logits are never held.
+In plain JAX the two parts are kept apart. A fused kernel is given each completion as a row of its own that continues its prompt:
+keys, which grouped queries make small, are repeated for it; logits are never held.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def group_attention(
     On a mesh each device takes its share of the prompts, or else of every prompt's samples, and of the heads.
     """
     arrays = q, prefix_k, prefix_v, prefix_mask, k, v
-    if backend == "xla":
+    if backend not in KERNELS:
         return _xla(*arrays)
-    attend = partial(_as_rows, {"splash": _splash, "cudnn": _cudnn}[backend])
+    attend = partial(_as_rows, KERNELS[backend])
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return attend(*arrays)
@@ -126,6 +126,9 @@ def _cudnn(q: Array, k: Array, v: Array, visible: Array) -> Array:
         implementation="cudnn",
     )
     return out[:, :length, :, :dim]
+
+
+KERNELS: dict[Backend, Kernel] = {"splash": _splash, "cudnn": _cudnn}
 
 
 def _hidden_beyond(visible: Bool[Array, "R U"], length: int) -> Bool[Array, "R V"]:

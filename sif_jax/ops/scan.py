@@ -10,10 +10,10 @@ import jax
 Remat = Literal["none", "dots", "full"]
 
 # What is kept of a layer is told by name: what its linear layers put out, adapter included; what comes between an adapter's
-# factors. What cuDNN's attention needs for its gradient has no such name, but its operation has one.
-LINEAR, LOW_RANK = "linear", "low_rank"
+# factors; what attention in plain JAX needs for its gradient. What cuDNN's needs has no such name, but its operation has one.
+LINEAR, LOW_RANK, ATTENTION = "linear", "low_rank", "attention"
 CUDNN_ATTENTION = "dot_product_attention_fwd"
-_named = jax.checkpoint_policies.save_only_these_names(LINEAR, LOW_RANK)
+_named = jax.checkpoint_policies.save_only_these_names(LINEAR, LOW_RANK, ATTENTION)
 
 
 def _keep_products(primitive: Any, *values: Any, **parameters: Any) -> Any:

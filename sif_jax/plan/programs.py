@@ -16,7 +16,7 @@ from sif_jax.errors import InputError
 from sif_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from sif_jax.models.qwen2_5_vl.layer_arrays import are_apart, copy_layers, join_layers, stacked_states
 from sif_jax.ops.attention_backends import Backend
-from sif_jax.ops.attention_choice import NATIVE
+from sif_jax.ops.attention_choice import EVERYWHERE, NATIVE
 from sif_jax.parallel.partition import num_shards
 from sif_jax.parallel.placement import check_rows, split_by_prompts
 from sif_jax.plan.abstract import (
@@ -119,7 +119,7 @@ def attention_of(config: TrainConfig, platform: str) -> Backend:
         native = "xla"
     if wanted == "auto":
         return native
-    if wanted not in (native, "xla"):
+    if wanted not in {native, *EVERYWHERE}:
         fix = "set model.attention=auto"
         raise InputError(f"{wanted} attention does not run on {platform}", value=wanted, fix=fix)
     return wanted

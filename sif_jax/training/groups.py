@@ -71,6 +71,12 @@ def packings(lengths: Int[np.ndarray, "P M"], length: int, config: GrpoConfig, m
     ]
 
 
+def share_of_padding(completions: Completions, packed: Sequence[Packing | None], tokens: int) -> float:
+    """Of the completion tokens that the learner computes, with `tokens` of them in completions."""
+    padded = completions.ids.size // len(packed)
+    return 1 - tokens / sum(padded if packing is None else packing.slots.size for packing in packed)
+
+
 def split_rows(tree: Any, rows: int) -> list[Any]:
     """Micro-batches of `rows` prompts; on a mesh each takes its share of every device's prompts, so that none moves."""
     count = len(jax.tree.leaves(tree)[0]) // rows

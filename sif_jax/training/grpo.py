@@ -38,7 +38,7 @@ from sif_jax.training.accounts import share_of_account, share_of_caps, whole_acc
 from sif_jax.training.checkpoint import Checkpoints
 from sif_jax.training.drift import SamplerDrift, sampler_drift
 from sif_jax.training.feedback import Feedback, reward_rollout, submit_rollout
-from sif_jax.training.groups import Completions, Groups, join_rows, packings, split_rows, to_learn
+from sif_jax.training.groups import Completions, Groups, join_rows, packings, share_of_padding, split_rows, to_learn
 from sif_jax.training.metrics import open_log, padding
 from sif_jax.training.nonfinite import FiniteCheck
 from sif_jax.training.objective import PolicyLoss, policy_loss
@@ -173,6 +173,7 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
                 "learning_rate": float(jnp.asarray(rate(step * config.updates_per_rollout))),
                 **padding(prompts.waste),
                 "padding/row_steps": 1 - usage.share,
+                "padding/completions": share_of_padding(completions, packed, int(rollout.lengths.sum())),
             }
             seen = prompts._replace(arrays=prompts.arrays | _dumped(rollout, feedback))
             tensors = {"gradients": gradients, "weights": state.trainable}
