@@ -186,19 +186,20 @@ def test_cudnn_gets_its_fused_kernels_with_the_segments_of_packed_rows_as_an_exp
     assert all(("tensor<2x1x256x256xbf16>" in call) == packed for call in calls)
 
 
+@pytest.mark.parametrize(("backend", "marked"), [("cudnn", "dot_product_attention_fwd_wrapper["), ("flash", " = log ")])
 @pytest.mark.parametrize(("remat", "times"), [("dots", 1), ("full", 2)])
-def test_dots_keeps_what_cudnn_needs_for_its_gradient(monkeypatch, remat, times):
+def test_dots_keeps_what_attention_needs_for_its_gradient(monkeypatch, remat, times, backend, marked):
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     segments = jnp.ones((1, 256), jnp.int32)
 
     def total(q):
         def layer(q, _):
-            return self_attention(q, q.swapaxes(1, 2), q.swapaxes(1, 2), segments, causal=True, backend="cudnn"), None
+            return self_attention(q, q.swapaxes(1, 2), q.swapaxes(1, 2), segments, causal=True, backend=backend), None
 
         return scan_layers(layer, q, jnp.arange(9), remat=remat)[0].astype(jnp.float32).sum()
 
     program = str(jax.make_jaxpr(jax.grad(total))(jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)))
-    assert program.count("dot_product_attention_fwd_wrapper[") == times
+    assert program.count(marked) == times
 
 
 @pytest.fixture

@@ -185,13 +185,12 @@ class Decoder(nnx.Module):
         prompt_rope, rope = self.rope(prompt_positions), self.rope(completion_positions)
         graphdef, layers = nnx.split(self.layers)
 
-        def padded(x: Array) -> Array:
-            return x if packing is None else packing.padded(x, shape, "attention", None)
-
         def attend(q: Array, k: Array, v: Array, *prefix: Array) -> Array:
-            own = padded(q), *(head_major(padded(head_major(x))) for x in (k, v))
-            context = group_attention(own[0], *prefix, *own[1:], backend=self.attention)
-            return context if packing is None else packing.packed(context, "attention", None)
+            if packing is None:
+                return group_attention(q, *prefix, k, v, backend=self.attention)
+            q, k, v = (packing.padded(x, shape, "attention", None) for x in (q, head_major(k), head_major(v)))
+            context = group_attention(q, *prefix, head_major(k), head_major(v), backend=self.attention)
+            return packing.packed(context, "attention", None)
 
         def body(hidden, layer):
             (prompt, completion), (state, key) = hidden, layer
