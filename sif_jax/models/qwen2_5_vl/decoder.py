@@ -185,12 +185,12 @@ class Decoder(nnx.Module):
         prompt_rope, rope = self.rope(prompt_positions), self.rope(completion_positions)
         graphdef, layers = nnx.split(self.layers)
 
-        def attend(q: Array, k: Array, v: Array, *prefix: Array) -> Array:
-            if packing is None:
-                return group_attention(q, *prefix, k, v, backend=self.attention)
-            q, k, v = (packing.padded(x, shape, "attention", None) for x in (q, head_major(k), head_major(v)))
-            context = group_attention(q, *prefix, head_major(k), head_major(v), backend=self.attention)
-            return packing.packed(context, "attention", None)
+        def attend(q: Array, k: Array, v: Array, prefix_k: Array, prefix_v: Array) -> Array:
+            if packing is not None:
+                q, *own = (packing.padded(x, shape, "attention", None) for x in (q, head_major(k), head_major(v)))
+                k, v = map(head_major, own)
+            context = group_attention(q, prefix_k, prefix_v, prompt_segments > 0, k, v, backend=self.attention)
+            return context if packing is None else packing.packed(context, "attention", None)
 
         def body(hidden, layer):
             (prompt, completion), (state, key) = hidden, layer
@@ -199,7 +199,7 @@ class Decoder(nnx.Module):
             context = self.causal_attention(q, prefix_k, prefix_v, prompt_segments)
             prompt = block.finish(prompt, context, key)
             key = None if key is None else fold_in(jax.random.fold_in(key, 1), numbers)  # for other inputs, other noise
-            context = attend(*block.qkv(completion, rope, key), prefix_k, prefix_v, prompt_segments > 0)
+            context = attend(*block.qkv(completion, rope, key), prefix_k, prefix_v)
             return (prompt, block.finish(completion, context, key)), None
 
         keys = layer_keys(key, self.config.num_hidden_layers)
