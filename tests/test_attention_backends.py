@@ -186,9 +186,16 @@ def test_cudnn_gets_its_fused_kernels_with_the_segments_of_packed_rows_as_an_exp
     assert all(("tensor<2x1x256x256xbf16>" in call) == packed for call in calls)
 
 
-@pytest.mark.parametrize(("backend", "marked"), [("cudnn", "dot_product_attention_fwd_wrapper["), ("flash", " = log ")])
-@pytest.mark.parametrize(("remat", "times"), [("dots", 1), ("full", 2)])
-def test_dots_keeps_what_attention_needs_for_its_gradient(monkeypatch, remat, times, backend, marked):
+@pytest.mark.parametrize(
+    ("backend", "marked", "remat", "times"),
+    [
+        ("cudnn", "dot_product_attention_fwd_wrapper[", "dots", 1),
+        ("cudnn", "dot_product_attention_fwd_wrapper[", "full", 2),
+        ("flash", " = exp ", "dots", 2),  # once forward, and the weights again for the gradient
+        ("flash", " = exp ", "full", 3),
+    ],
+)
+def test_dots_keeps_what_attention_needs_for_its_gradient(monkeypatch, backend, marked, remat, times):
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     segments = jnp.ones((1, 256), jnp.int32)
 

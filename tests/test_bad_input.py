@@ -178,7 +178,7 @@ def test_the_process_itself_prints_no_traceback(tmp_path, rows):
     assert done.returncode == 2
     *told, line = done.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path}/rows.json: row 1: ")
-    assert told == ["attention: xla (cpu)"]
+    assert told == ["attention: flash (cpu)"]
 
 
 def test_skipped_rows_are_counted_and_listed_and_the_run_goes_on(tmp_path, rows):

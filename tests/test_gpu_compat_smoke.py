@@ -185,7 +185,7 @@ def test_the_command_measures_two_simulated_cpu_devices():
     done = smoke("--platform", "cpu", "--json", XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert (found["ok"], found["problems"], found["devices"], found["attention"]) == (True, [], ["cpu", "cpu"], "xla")
+    assert (found["ok"], found["problems"], found["devices"], found["attention"]) == (True, [], ["cpu", "cpu"], "flash")
     rates = [found["memory_gbps"], found["all_reduce_gbps"], *found["matmul_tflops"].values()]
     assert len(rates) == 5
     assert min(rates) > 0

@@ -79,6 +79,7 @@ def visits(monkeypatch):
 EPOCHS = ["data.limit=4", "max_steps=3", "run.save_every=2"]  # every step visits all four prompts
 
 
+@pytest.mark.slow
 def test_a_run_without_the_completions_padding_learns_what_one_with_it_does(tmp_path):
     short = ["lora={rank: 2, dropout: 0.1}", "data.limit=4", "max_steps=2", "stop=['e']"]
     packed = train(tmp_path / "packed", *short)

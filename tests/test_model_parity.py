@@ -137,7 +137,7 @@ def test_nothing_of_a_packed_example_reaches_the_others(attention):
 
 @pytest.mark.parametrize(
     ("remat", "attention"),
-    [("none", "xla"), ("full", "xla"), ("dots", "xla"), pytest.param("full", "splash", marks=pytest.mark.slow)],
+    [("none", "xla"), ("full", "xla"), ("dots", "flash"), pytest.param("full", "splash", marks=pytest.mark.slow)],
 )
 def test_loss_and_every_gradient_equal_torch_through_the_vision_tower(remat, attention, measured):
     vlm = sif_jax.load(tiny_checkpoint())

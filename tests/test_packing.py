@@ -17,7 +17,7 @@ from sif_jax.training.policy import completion_logprobs
 from tests.architectures import tiny_architecture
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 @given(
     shape=st.sampled_from([(1, 4, 2), (4, 3, 4), (2, 8, 4), (3, 2, 1)]),  # prompts, samples, lanes
     length=st.integers(1, 20),
@@ -62,7 +62,11 @@ def policy(dropout: float, attention="xla"):
 
 @pytest.mark.parametrize(
     ("attention", "dropout", "remat", "counts"),
-    [("xla", 0.0, "none", (1, 2, 4)), ("xla", 0.3, "dots", (2,)), ("splash", 0.3, "none", (4,))],
+    [
+        ("xla", 0.0, "none", (1, 4)),
+        ("xla", 0.3, "dots", (2,)),
+        pytest.param("splash", 0.0, "none", (2,), marks=pytest.mark.slow),
+    ],
 )
 def test_log_probabilities_and_gradients_are_those_of_padded_completions(attention, dropout, remat, counts, measured):
     graphdef, trainable, frozen = policy(dropout, attention)
