@@ -16,7 +16,7 @@ from sif_jax.parallel.mesh import make_mesh
 from sif_jax.parallel.placement import put_groups, shard_groups, shard_rows, split_by_prompts
 from sif_jax.rollout.engine import Rollout, encode_images
 from sif_jax.training import grpo, sft
-from sif_jax.training.groups import Groups, packings, to_learn
+from sif_jax.training.groups import Groups, pack_completions, to_learn
 from sif_jax.training.optimizer import make_optimizer
 from sif_jax.training.policy_files import open_policy
 from sif_jax.training.reference import reference_of
@@ -62,12 +62,12 @@ def grpo_update(config, mesh):
     reference = reference_of(policy.graphdef, policy.trainable, policy.frozen)
     advantages, valid = rng.normal(size=shape).astype(np.float32), rng.random(shape) < 0.9
     earned = (put_groups(x, mesh, by_prompts=by_prompts) for x in (advantages, valid))
-    packed = packings(lengths, completions.ids.shape[-1], config, mesh)
-    assert all(packing is not None for packing in packed)
-    groups = Groups(completions, grpo.refer(reference, completions, packed, config), *earned)
-    add = from_zeros(grpo.make_gradients(policy.graphdef, config, where), len(packed))
+    packings = pack_completions(lengths, completions.ids.shape[-1], config, mesh)
+    assert all(packing is not None for packing in packings)
+    groups = Groups(completions, grpo.refer(reference, completions, packings, config), *earned)
+    add = from_zeros(grpo.make_gradients(policy.graphdef, config, where), len(packings))
     state = initial_state(policy.trainable, optimizer, where)
-    summed, sums = grpo.sum_gradients(add, state, policy.frozen, groups, packed, config)
+    summed, sums = grpo.sum_gradients(add, state, policy.frozen, groups, packings, config)
     return (summed, sums, *apply(state, summed, sums.policy.count))
 
 

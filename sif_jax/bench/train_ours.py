@@ -39,7 +39,7 @@ from sif_jax.parallel.mesh import make_mesh
 from sif_jax.parallel.placement import put_groups, shard_rows
 from sif_jax.rollout.engine import encode_images
 from sif_jax.training import grpo, sft
-from sif_jax.training.groups import Completions, Groups, packings
+from sif_jax.training.groups import Completions, Groups, pack_completions
 from sif_jax.training.optimizer import make_optimizer
 from sif_jax.training.reference import reference_of
 from sif_jax.training.state import from_zeros, initial_state, make_apply, state_shardings
@@ -112,9 +112,9 @@ class OurTraining:
         arrays = (ids, np.zeros(ids.shape, np.float32), mask, advantages, np.ones(advantages.shape, bool))
         ids, logprobs, mask, *earned = (put_groups(x, self._mesh, by_prompts=True) for x in arrays)
         completions = Completions(batch, features, ids, logprobs, mask)
-        packed = packings(work.completed.mask.sum(-1), ids.shape[-1], self._grpo, self._mesh)
-        groups = Groups(completions, grpo.refer(self._reference, completions, packed, self._grpo), *earned)
-        return grpo.sum_gradients(self._gradients, self._state, self._frozen, groups, packed, self._grpo)
+        packings = pack_completions(work.completed.mask.sum(-1), ids.shape[-1], self._grpo, self._mesh)
+        groups = Groups(completions, grpo.refer(self._reference, completions, packings, self._grpo), *earned)
+        return grpo.sum_gradients(self._gradients, self._state, self._frozen, groups, packings, self._grpo)
 
     def figures(self) -> dict[str, Any]:
         peak = peak_of(jax.devices()[0].device_kind, self._config.dtype)

@@ -1,4 +1,4 @@
-"""Self-attention over packed rows by XLA, by Splash (TPU) or by cuDNN (GPU), behind one signature (pure).
+"""Self-attention over packed rows in plain JAX (`xla`, and `flash` for a CPU), by Splash (TPU) or by cuDNN (GPU) (pure).
 
 Position t sees the positions of its own segment, with `causal` those up to t only. Padding (segment 0) sees padding, so that
 no row of a softmax is empty.

@@ -57,24 +57,26 @@ def to_learn(batch: Batch, features: Array, rollout: Rollout, config: GrpoConfig
     )
 
 
-def packings(lengths: Int[np.ndarray, "P M"], length: int, config: GrpoConfig, mesh: Mesh) -> list[Packing | None]:
+def pack_completions(
+    lengths: Int[np.ndarray, "P M"], length: int, config: GrpoConfig, mesh: Mesh
+) -> list[Packing | None]:
     """Of each micro-batch of `split_rows`, with completions padded to `length`: where their tokens stand without padding."""
-    count, lanes_of = len(lengths) // config.micro_batch, num_shards(mesh, "batch")
+    count, devices = len(lengths) // config.micro_batch, num_shards(mesh, "batch")
     if not config.remove_padding:
         return [None] * count
     by_prompts = split_by_prompts(config.micro_batch, config.num_samples, mesh)
-    parts = lengths.reshape(lanes_of if by_prompts else 1, count, -1, config.num_samples).swapaxes(0, 1)
+    parts = lengths.reshape(devices if by_prompts else 1, count, -1, config.num_samples).swapaxes(0, 1)
     masks = np.arange(length) < parts.reshape(count, config.micro_batch, -1, 1)
     return [
         packed and Packing(*(put(x, sharding(mesh, ("batch", None), x.shape)) for x in packed))
-        for packed in (pack(lanes(mask, lanes_of)) for mask in masks)
+        for packed in (pack(lanes(mask, devices)) for mask in masks)
     ]
 
 
-def share_of_padding(completions: Completions, packed: Sequence[Packing | None], tokens: int) -> float:
+def share_of_padding(completions: Completions, packings: Sequence[Packing | None], tokens: int) -> float:
     """Of the completion tokens that the learner computes, with `tokens` of them in completions."""
-    padded = completions.ids.size // len(packed)
-    return 1 - tokens / sum(padded if packing is None else packing.slots.size for packing in packed)
+    padded = completions.ids.size // len(packings)
+    return 1 - tokens / sum(padded if packing is None else packing.slots.size for packing in packings)
 
 
 def split_rows(tree: Any, rows: int) -> list[Any]:

@@ -38,7 +38,15 @@ from sif_jax.training.accounts import share_of_account, share_of_caps, whole_acc
 from sif_jax.training.checkpoint import Checkpoints
 from sif_jax.training.drift import SamplerDrift, sampler_drift
 from sif_jax.training.feedback import Feedback, reward_rollout, submit_rollout
-from sif_jax.training.groups import Completions, Groups, join_rows, packings, share_of_padding, split_rows, to_learn
+from sif_jax.training.groups import (
+    Completions,
+    Groups,
+    join_rows,
+    pack_completions,
+    share_of_padding,
+    split_rows,
+    to_learn,
+)
 from sif_jax.training.metrics import open_log, padding
 from sif_jax.training.nonfinite import FiniteCheck
 from sif_jax.training.objective import PolicyLoss, policy_loss
@@ -144,15 +152,15 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
 
                 submitted = submit_rollout(judge, rollout, feed, ids, policy.processor)
                 completions = to_learn(batch, features, rollout, config).on_mesh(mesh, by_prompts=by_prompts)
-                packed = packings(np.asarray(rollout.lengths), completions.ids.shape[-1], config, mesh)
-                reference_logps = refer(reference, completions, packed, config)
+                packings = pack_completions(np.asarray(rollout.lengths), completions.ids.shape[-1], config, mesh)
+                reference_logps = refer(reference, completions, packings, config)
                 feedback = reward_rollout(submitted, feed, previous_means[ids], config, meanwhile=check)
                 times.append(time.monotonic())
 
                 valid = feedback.scores.valid.reshape(rollout.lengths.shape)
                 earned = (put_groups(x, mesh, by_prompts=by_prompts) for x in (feedback.advantages, valid))
                 groups = Groups(completions, reference_logps, *earned)
-                gathered = sum_gradients(add_gradients, state, frozen, groups, packed, config, between=check)
+                gathered = sum_gradients(add_gradients, state, frozen, groups, packings, config, between=check)
             except (JudgeStoppedError, PreemptedError):
                 save(step, loader_before, best.value)
                 checkpoints.finish()
@@ -160,7 +168,7 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
             updates, norm = [], jnp.zeros(())
             while len(updates) < config.updates_per_rollout and jnp.isfinite(norm):
                 if updates:
-                    gathered = sum_gradients(add_gradients, state, frozen, groups, packed, config)
+                    gathered = sum_gradients(add_gradients, state, frozen, groups, packings, config)
                 gradients, sums = gathered
                 state, norm = apply(state, gradients, sums.policy.count)
                 updates.append(sums)
@@ -173,7 +181,7 @@ def _train(config: GrpoConfig, directory: Path, mesh: Mesh, judge: Judge) -> Pat
                 "learning_rate": float(jnp.asarray(rate(step * config.updates_per_rollout))),
                 **padding(prompts.waste),
                 "padding/row_steps": 1 - usage.share,
-                "padding/completions": share_of_padding(completions, packed, int(rollout.lengths.sum())),
+                "padding/completions": share_of_padding(completions, packings, int(rollout.lengths.sum())),
             }
             seen = prompts._replace(arrays=prompts.arrays | _dumped(rollout, feedback))
             tensors = {"gradients": gradients, "weights": state.trainable}
@@ -238,7 +246,7 @@ def sample(
 
 
 def refer(
-    reference: Reference | None, completions: Completions, packed: Sequence[Packing | None], config: GrpoConfig
+    reference: Reference | None, completions: Completions, packings: Sequence[Packing | None], config: GrpoConfig
 ) -> Float[Array, "P M T"] | None:
     """What the reference policy says about the completions; returns before the device is done."""
     if reference is None:
@@ -247,7 +255,7 @@ def refer(
         reference_logprobs(
             *reference, rows.batch, rows.features, rows.ids, rows.token_mask, packing, temperature=config.temperature
         )
-        for rows, packing in zip(split_rows(completions, config.micro_batch), packed, strict=True)
+        for rows, packing in zip(split_rows(completions, config.micro_batch), packings, strict=True)
     ]
     return join_rows(parts)
 
@@ -257,7 +265,7 @@ def sum_gradients(
     state: TrainState,
     frozen: AnyState,
     groups: Groups,
-    packed: Sequence[Packing | None],
+    packings: Sequence[Packing | None],
     config: GrpoConfig,
     *,
     between: Callable[[], None] | None = None,
@@ -265,7 +273,7 @@ def sum_gradients(
     """Over the micro-batches of a rollout; `between` is called before each."""
     gathered: Any = None
     key = jax.random.fold_in(jax.random.key(config.run.seed), state.step)
-    for part, (rows, packing) in enumerate(zip(split_rows(groups, config.micro_batch), packed, strict=True)):
+    for part, (rows, packing) in enumerate(zip(split_rows(groups, config.micro_batch), packings, strict=True)):
         if between is not None:
             between()
         gathered = add_gradients(gathered, state.trainable, frozen, rows, jax.random.fold_in(key, part), packing)
